@@ -2,8 +2,8 @@
 
 When Triton is imported, it decides for the whole process whether kernels are interpreted or compiled. Without a GPU,
 most tests need the interpreter, but the tests in `FOLDERS` need the compiler. If pytest is given only paths in
-`FOLDERS`, it runs these tests in its own process. Otherwise each file in `FOLDERS` is one test, which runs the file
-in a new pytest process.
+`FOLDERS`, it runs these tests directly, without the interpreter. Otherwise each file in `FOLDERS` becomes one test,
+which runs the file in a new pytest process.
 """
 
 from __future__ import annotations
@@ -69,4 +69,4 @@ class CompiledTests(pytest.Item):
 
 
 class CompiledTestsFailedError(Exception):
-    """The tests in the other process failed. The message is the output of this process."""
+    """Tests that ran in a new pytest process failed. The message is the end of that process's output."""

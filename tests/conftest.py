@@ -3,8 +3,9 @@
 Tests use one thread and reproducible hypothesis examples. Without a GPU, kernels run on CPU tensors in Triton's
 interpreter, which is selected before Triton is imported. `compiled_module.py` runs the tests of compiled kernels.
 
-The interpreter computes matrix products with NumPy's BLAS. Its order of summation depends on the processor and on the
-other rows of a tile. Here, products are computed in fp64 and rounded once, so that results do not depend on the BLAS.
+The interpreter computes matrix products with NumPy's BLAS. The BLAS sums in an order that depends on the processor and
+on the other rows of a tile. In these tests, products are therefore computed in fp64 and rounded once, so that results
+do not depend on the BLAS.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of a module as `gpu` tests if its DEVICE is "cuda"; run the tests that fork first.
+    """Add the mark `gpu` to tests of modules whose DEVICE is "cuda", and move tests with the mark `forks` to the front.
 
-    With a CUDA build of torch, code traced by torch.compile leaves autograd threads behind. A process with such threads
-    cannot be forked.
+    Tests that fork must run first: with a CUDA build of torch, code traced by torch.compile leaves autograd threads
+    behind, and a process with autograd threads cannot be forked.
     """
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
     for item in items:
@@ -77,7 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pretended_device() -> Iterator[None]:
-    """Check after each test that CPU tensors are not treated as tensors of a pretended device any more."""
+    """Check after each test that `choice.pretended`, which treats CPU tensors as GPU tensors, is no longer active."""
     from srm_kernels import choice
 
     yield

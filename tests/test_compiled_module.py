@@ -1,4 +1,4 @@
-"""Test that tests of compiled kernels run, and can fail, in any pytest session."""
+"""Test that every pytest session can run the tests of compiled kernels and reports their failures."""
 
 from __future__ import annotations
 

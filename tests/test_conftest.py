@@ -1,4 +1,4 @@
-"""Test the settings for all tests that make libraries exact and deterministic on a GPU."""
+"""Test the settings in `conftest.py` that make libraries exact and deterministic on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 def test_fp32_is_fp32_and_algorithms_are_fixed_wherever_tests_run():
     """Check that TF32 is off and that cuDNN is deterministic.
 
-    torch enables TF32 convolutions by default. Without the fixture of `conftest`, the test fails on a CPU too.
+    By default, torch allows TF32 in convolutions, also on a machine without a GPU. Without the fixture
+    `exact_libraries`, this test would therefore fail on every machine.
     """
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32

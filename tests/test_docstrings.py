@@ -43,7 +43,7 @@ DOCUMENTED = {name: value for name, value in OBJECTS.items() if callable(value) 
 
 
 def section(docstring: str, title: str) -> list[str] | None:
-    """Return the names that a Google-style section explains, such as ["x", "size"], or None without the section."""
+    """Return the names that a Google-style section explains, such as ["x", "size"], or None if it is missing."""
     found = re.search(rf"^{title}:\n((?:[ ]+\S.*\n|\n)+)", f"{docstring}\n", flags=re.MULTILINE)
     entries = (
         re.findall(r"^    ([\w*]+(?:, [\w*]+)*)(?: \(.*\))?:", found[1], flags=re.MULTILINE) if found else []

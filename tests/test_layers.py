@@ -1,4 +1,4 @@
-"""Test the layers of imports (docs/ARCHITECTURE.md), the length of functions, and the mark `gpu` of tests."""
+"""Test the import layers (docs/ARCHITECTURE.md), the length of functions, and which tests get the mark `gpu`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The layers of srm_model, top first. A part may import lower layers, and within its layer only pairs in NEIGHBOURS.
+# The layers of srm_model, top first. A part may import parts of lower layers. Within a layer, NEIGHBOURS lists the
+# allowed imports as pairs (importing part, imported part).
 LAYERS = (
     {"cli", "__main__"},
     {"study", "profiling"},
@@ -48,7 +49,7 @@ def modules(package: str) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield the absolute names of all imports of a file, also of imports inside functions."""
+    """Yield the absolute names of all imports of a file, including imports inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

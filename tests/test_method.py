@@ -1,4 +1,4 @@
-"""Test that the sections of docs/METHOD.md that the code names exist."""
+"""Test that every section of docs/METHOD.md to which the code refers exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test the recipes of docs/OTHER_MODELS.md: the models they train, and how many lines the first one changes.
+"""Test the recipes of docs/OTHER_MODELS.md: which parameters they train, and how many lines of a plain loop change.
 
 `test_pages.py` runs the recipes as scripts.
 """

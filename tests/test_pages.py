@@ -1,4 +1,4 @@
-"""Test that every code block of every page runs as written, each in its own process. `slow` blocks are only parsed."""
+"""Test that each code block of a page runs as written, in its own process. Blocks tagged `slow` are only parsed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_commands_of_a_shell_block_exist_and_take_these_options(block: Block):
         re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[0].split()
     )
     for words in commands_of(block):
-        if "srm_model" in words:  # python -m srm_model, under torchrun
+        if "srm_model" in words:  # torchrun [options] -m srm_model
             words = ["srm-iqa", *words[words.index("srm_model") + 1 :]]
         if words[0] == "srm-iqa":
             make_parser().parse_args(words[1:])

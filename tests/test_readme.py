@@ -1,4 +1,4 @@
-"""Test that the README and its pages list all operators, commands and tables, and that every relative link works.
+"""Test that README.md and docs/ list all operators, commands and tables, and that relative links of all pages work.
 
 `test_pages.py` runs the code blocks.
 """

@@ -1,4 +1,4 @@
-"""Test `bench.attacks`, and that the overheads in the committed rows are within the limit."""
+"""Test `bench.attacks`, and that the overheads of PGD in the committed rows are within the limit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_writes_rows_with_the_machine(tmp_path, capsys):
 
 
 def committed(path: Path) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
-    """Return the rows of a file, by (backbone, image size, neck, backend) and then by attack."""
+    """Return the rows of a file in nested dictionaries, by (backbone, image size, neck, backend) and then by attack."""
     header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert not header["commit"].endswith("+")
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}

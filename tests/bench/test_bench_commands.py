@@ -39,7 +39,7 @@ def given(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_attention_as_ratios(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    # Compilation needs a C compiler and takes half a minute.
+    # Do not compile: compilation needs a C compiler and takes half a minute.
     monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
     more = ["--dtype", "bf16", "--compile", "--out", str(tmp_path), "--note", "a look", "--kernels"]
     given(monkeypatch, *ATTENTION, "--shapes", "64", "16", "--batch", "2", *more)
@@ -70,7 +70,10 @@ def test_attention_as_ratios(
 
 
 def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pytest.MonkeyPatch):
-    """An operator of this package would be a single node of the graph, and torch.compile would not compile it."""
+    """The traced graph contains PyTorch's operations and no operator of this package.
+
+    An operator of this package would be a single node of the graph, and torch.compile could not compile its content.
+    """
     sizes = {"device": "cpu", "dtype": "fp32", "batch": 1, "heads": 2, "width": 8, "rank": 16}
     compiling = argparse.Namespace(**sizes, backward=False, compile=True)
     seen: list[str] = []

@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     dataset: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """Return a function that runs `bench.blind` with the given metrics and returns the file of the rows."""
+    """Return a function that runs `bench.blind` with the given metrics and returns the path of the written rows."""
 
     def command(*more: str, metrics: tuple[Metric, ...] = (ROUGHNESS, ABSENT)) -> Path:
         monkeypatch.setattr(blind, "METRICS", metrics)
@@ -217,7 +217,7 @@ def test_an_installed_metric_prefers_a_photograph_to_its_noisy_copy(metric: Metr
 
 
 def test_brisque_has_the_value_in_the_readme_of_image_quality(shared: Callable[[str], Path]):
-    """The package image-quality has the same model. The photograph is from the tests of image-quality."""
+    """The README of image-quality gives this score for a photograph of its tests. Both packages have the same model."""
     pytest.importorskip("brisque")
     (score,) = (metric.load() for metric in METRICS if metric.packages == ("brisque",))
     photograph = np.asarray(Image.open(shared("data/kodak") / "5.png").convert("RGB"))

@@ -35,7 +35,7 @@ RECIPE = {
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """Return the arguments of a run on five small photographs, with opinions of types 1 and 8."""
+    """Write five small photographs and opinions on distortion types 1 and 8; return the arguments of a run on them."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for number in range(1, 6):
@@ -65,7 +65,7 @@ def given(tmp_path: Path) -> list[str]:
 
 
 def written(out: Path) -> dict[str, int]:
-    """Return the files that take long to compute, with the time when each was written."""
+    """Return the modification time of each file that takes long to compute."""
     found = [*out.glob("packed/*/model.safetensors"), *out.glob("packed/*/*.json")]
     found += out.glob("packed/*/attacks/*.json")
     return {str(path): path.stat().st_mtime_ns for path in found}

@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class Machine:
     """Simulate the times of operators on a busy machine.
 
-    Each time has an error of about 8 %. One time in twenty is three times as long. The machine gets slower during a
-    run. Each process has a constant relative speed; the standard deviation of its logarithm is `placement`.
+    Each measured time has a random error of about 8 %. One measurement in twenty takes three times as long. The machine
+    gets slower during a run. Each process is slower or faster by a constant factor; the standard deviation of the
+    factor's logarithm is `placement`.
     """
 
     def __init__(self, seed: int, placement: float = 0.05) -> None:
@@ -75,13 +76,19 @@ def test_faster_is_no_alarm_and_less_than_the_tolerance_neither(seed: int):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_a_process_happens_to_be_is_no_slowdown(seed: int):
-    """In a measurement of two equal checkouts, the times of two processes differed by one sixth."""
+    """Constant differences between processes, here of about 16 %, are not a slowdown.
+
+    When two identical checkouts were measured, the times of two processes differed by one sixth.
+    """
     assert not Machine(seed, placement=0.16).judged(1.0).slower
     assert Machine(seed, placement=0.16).judged(2.0).slower
 
 
 def test_the_interval_errs_as_seldom_as_it_says():
-    """About 1 % of 2,000 intervals may not contain the true value. The 99.9 % quantile of their number is 34."""
+    """An interval misses the true value with a probability of at most 1 %.
+
+    More than 34 of 2,000 intervals then miss the true value with a probability of at most 0.15 %.
+    """
     random = np.random.default_rng(0)
     missed = 0
     for _ in range(2000):
@@ -91,7 +98,7 @@ def test_the_interval_errs_as_seldom_as_it_says():
 
 
 def test_the_signed_rank_interval_is_the_textbooks():
-    """Of the 2⁸ combinations of signs, 1 has no positive rank, and 10 have positive ranks with a sum of at most 5."""
+    """Of the 2⁸ combinations of signs, 1 has no positive rank. In 10 of them, the positive ranks sum to at most 5."""
     values = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
     sums = [
@@ -154,7 +161,7 @@ def test_more_lines_need_more_evidence():
 
 
 def slowed(call: Callable[[], object], slowdown: float) -> Callable[[], object]:
-    """Return a function that runs `call` and stays busy until it used `slowdown` times the CPU time of `call`."""
+    """Return a function that runs `call` and then loops until it has used `slowdown` times the CPU time of `call`."""
 
     def longer() -> None:
         begin = time.process_time()
@@ -246,7 +253,7 @@ def test_a_checkout_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyP
     request = {"operator": "dyt", "family": "tiny", "direction": "forward", "dtype": "fp32", "device": "cpu"}
     worker = Worker(ROOT)
     try:
-        # Ctrl-C in a terminal interrupts a whole process group. A worker has its own group and prints no traceback.
+        # Ctrl-C in a terminal interrupts a whole process group. A worker has its own group, so it prints no traceback.
         assert os.getpgid(worker.process.pid) != os.getpgid(0)
         environment = Path(f"/proc/{worker.process.pid}/environ")
         assert worker.prepare({**request, "backend": "reference", "verify": True})() > 0

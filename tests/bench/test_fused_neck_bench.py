@@ -32,7 +32,7 @@ def test_every_neck_has_a_row_with_its_ratios(direction, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert printed.count("pvt_v2_b2") == 4
     assert "counted\n" in printed
-    assert ("times_the_floor" in quadratic) == (direction == "forward")  # at the measured rates
+    assert ("times_the_floor" in quadratic) == (direction == "forward")  # only the forward pass has a floor
 
 
 def test_a_fused_neck_that_misses_what_is_asked_is_marked():
@@ -48,8 +48,9 @@ def test_a_fused_neck_that_misses_what_is_asked_is_marked():
         {"memory_of_quadratic": 0.3},
         {"times_the_floor": 3.1},
         {"neck": "fused, one graph", "faster_than_quadratic": 2.9},
-        {"dyt": False, "faster_than_compiled": 3.1},  # without DyT, the target over eager is 5
-        {"dyt": False, "faster_than_quadratic": 5.1},  # without DyT, the target over compiled is 3
+        # Without DyT, the targets are 5 over the eager quadratic neck and 3 over the compiled quadratic neck.
+        {"dyt": False, "faster_than_compiled": 3.1},
+        {"dyt": False, "faster_than_quadratic": 5.1},
         {"side": 1024, "faster_than_quadratic": 5.9},
         {"direction": "both", "faster_than_quadratic": 1.9},
     ):
@@ -59,7 +60,10 @@ def test_a_fused_neck_that_misses_what_is_asked_is_marked():
 
 
 def test_the_floor_is_the_larger_of_reading_and_multiplying(monkeypatch):
-    """At a low bandwidth, reading the maps sets the floor. At a low rate of products, the products set the floor."""
+    """The floor, a lower bound of the time, is the larger of two times: reading the maps and multiplying matrices.
+
+    At a low bandwidth, reading takes longer. At a low rate of matrix products, multiplying takes longer.
+    """
     import argparse
 
     options = argparse.Namespace(

@@ -1,7 +1,7 @@
 """Test `bench/gpu.sh` with scripts that replace its tools.
 
-Each part runs its steps one at a time and in order. A failed step or a missing tool does not end a part. After Ctrl-C,
-the output of finished and interrupted steps is kept.
+Each part of the script, `a` and `b`, runs its steps one at a time and in order. A failed step or a missing sanitizer
+does not end a part. After Ctrl-C, the output of finished and interrupted steps is kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def started(
 ) -> subprocess.Popen[bytes]:
     """Start a part of the script. Results go to the folder `out`.
 
-    The shell commands `python` and `sanitizer` replace python3 and compute-sanitizer. Each call of python3 appends a
-    line to the file `started` when it starts, and to the file `ended` when it ends.
+    Two scripts replace python3 and compute-sanitizer. They run the shell code in `python` and `sanitizer`; without
+    `sanitizer`, compute-sanitizer is missing. Each call of the script for python3 appends its arguments to the file
+    `started` when the call starts, and to the file `ended` when the call ends.
     """
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -38,7 +38,10 @@ def test_the_standard_error_is_that_of_least_squares():
 
 
 def test_the_work_itself_grows_as_the_article_says():
-    """By the article's eq. 30, work is linear in N_q and in N_k. If both grow, only exact attention is quadratic."""
+    """By the article's eq. 30, the work of Nyström attention is linear in N_q, in N_k, and in N = N_q = N_k.
+
+    The work of exact attention is linear in N_q and in N_k, but quadratic in N.
+    """
     large = {
         "N_q": (1 << 20, 1 << 22, 1 << 24),
         "N_k": (1 << 20, 1 << 22, 1 << 24),

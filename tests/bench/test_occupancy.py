@@ -62,7 +62,7 @@ ROW = {
 
 
 def test_a_line_of_the_table():
-    """The registers hold 4 blocks. The shared memory holds one block of 50 KiB and 1 KiB for the driver."""
+    """There are registers for 4 blocks, but shared memory for only one: a block needs 50 KiB, and the driver 1 KiB."""
     header, (line,) = kernel_table([ROW])
     assert dict(zip(header, line, strict=True)) == {
         "operator": "neck", "kernel": "query_side", "sm": "120", "warps": "4", "registers": "128", "spilled B": "0",

@@ -1,4 +1,4 @@
-"""Test `bench.opinions`, which correlates metrics of distorted photographs with opinions: rows and summary."""
+"""Test the rows and summary of `bench.opinions`, which correlates metrics of distorted photographs with opinions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_summary_has_each_type_and_all_beside_the_published_figures():
 
 
 def test_ssim_is_that_of_the_luminance_at_full_resolution():
-    """A change of chroma alone does not change the score. Fine noise lowers it; downsampling would hide the noise."""
+    """The score does not depend on chroma. Fine noise lowers the score; downsampling would hide much of the noise."""
     rng = np.random.default_rng(0)
     grey = torch.full((1, 3, 384, 384), 0.5)
     chroma = torch.tensor([0.587, -0.299, 0.0]).view(1, 3, 1, 1) * 0.2  # its luminance is 0

@@ -44,13 +44,16 @@ def test_a_forward_pass_takes_twelve_launches_beside_the_gates_convolutions(rows
 
 
 def test_no_launch_and_no_call_of_an_operator_is_added(rows):
-    """The forward pass calls 9 operators: 4 for links, 2 for the gate, the fusion and 2 losses; backward also 9."""
+    """The forward pass calls 9 operators: 4 for the links, 2 for the gate, 1 for the fusion and 2 for the losses.
+
+    The backward pass of a training step calls 9 more.
+    """
     assert [(row["launches"], row["operators"]) for row in rows[:2]] == [(17, 9), (18, 9)]
     assert [row["operators"] for row in rows[2:]] == [18, 18]
 
 
 def test_a_training_step_launches_the_backward_kernels_too(rows):
-    """Triton checks the globals of a kernel at every launch, and it accepts these launches."""
+    """At every launch, Triton checks that the kernel's globals are unchanged. The backward kernels pass this check."""
     for forward, step in zip(rows[:2], rows[2:], strict=True):
         assert step["own"] >= forward["own"] + 8
 

@@ -29,7 +29,7 @@ def test_rows_are_taken_over_replaced_and_dropped(tmp_path: Path):
     assert table.known["b"] == Resources("same", 4, 32, 0, 64)
     table.add(row("same", "b"))
     table.add(row("new", "d"))
-    assert [each["code"] for each in read(path)] == ["a", "b", "c", "d"]  # after an interruption
+    assert [each["code"] for each in read(path)] == ["a", "b", "c", "d"]  # an interrupted run keeps all rows
     table.close(lambda each: each["family"] == "neck")
     found = read(path)
     assert [each["code"] for each in found] == ["c", "b", "d"]
@@ -37,7 +37,10 @@ def test_rows_are_taken_over_replaced_and_dropped(tmp_path: Path):
 
 
 def test_a_digest_is_of_sources_constants_and_architecture():
-    """The digest also depends on the number of warps and on called functions, but not on comments or line breaks."""
+    """The digest of a launch depends on the kernel's source code, the constants, the options and the architecture.
+
+    The source code includes the functions that the kernel calls, but not comments, docstrings and line breaks.
+    """
     pytest.importorskip("triton")
     code = """
 from bench import resources, shapes

@@ -288,7 +288,7 @@ def test_what_was_measured_is_on_the_axis():
 
 
 def test_lines_that_lie_on_each_other_are_one_with_both_names(tmp_path: Path):
-    """Lines that coincide are drawn once. A line far below the others would stretch the axis, so it is left out."""
+    """Lines that coincide are drawn once. A line far below the others would stretch the axis, so it is not drawn."""
     for side in (64, 128):
         for neck, milliseconds in (("srm", 100), ("quadratic", 100.5), ("none", 1)):
             append(tmp_path / "neck.jsonl", neck_row(neck, side) | {"typical": milliseconds * side})
@@ -343,7 +343,7 @@ def test_pages_are_filled_from_rows(folder: Path, capsys: pytest.CaptureFixture[
         pages.filled(BLOCK, folder)
 
 
-@pytest.mark.parametrize("backend", ["torch", "sdpa"])  # `sdpa` is its name in earlier rows
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])  # in earlier rows, this backend is called `sdpa`
 def test_a_step_is_told_as_a_share_of_the_quadratic_necks(backend: str, tmp_path: Path):
     for neck, milliseconds in (("srm", 15.0), ("quadratic", 20.0), ("none", 5.0)):
         row = neck_row(neck) | {"part": "model", "direction": "step", "typical": milliseconds}

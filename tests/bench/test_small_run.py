@@ -13,7 +13,8 @@ from srm_kernels.attention import launch_rules
 def test_every_method_runs_with_keys_divided_among_programs(monkeypatch: pytest.MonkeyPatch):
     for name in vars(launch_rules):
         if name.startswith(("MOST_", "LEAST_")):
-            monkeypatch.setattr(launch_rules, name, getattr(launch_rules, name))  # restored after the test
+            # `small_run.run` changes the limits; monkeypatch restores them after the test.
+            monkeypatch.setattr(launch_rules, name, getattr(launch_rules, name))
     monkeypatch.setattr(small_run, "LIMITS", small_run.LIMITS[1:2])
     monkeypatch.setattr(small_run, "DTYPES", (torch.float32,))
     small_run.run("cpu")

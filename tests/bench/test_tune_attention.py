@@ -93,7 +93,7 @@ def test_a_process_that_is_ended_ends_the_compiling_and_not_the_measuring(
 def test_a_launch_that_leaves_the_device_unusable_ends_the_run(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """After such a launch, the device refuses every launch, so no later row would be valid."""
+    """After an illegal memory access, the device refuses every further launch, so no later row would be valid."""
 
     def illegal(*_: object) -> None:
         raise RuntimeError("illegal memory access")

@@ -40,7 +40,7 @@ def wrong_dyt_kernel(
 
 @triton.jit
 def racing_kernel(x_ptr, BLOCK: tl.constexpr):
-    """Read what another warp writes, without a barrier. The results are correct only by chance."""
+    """Read values that another warp writes, with no barrier after the write. The results are correct only by chance."""
     i = tl.arange(0, BLOCK)
     tl.store(x_ptr + i, 1.0 + i)
     mirrored = tl.load(x_ptr + BLOCK - 1 - i)
@@ -88,7 +88,7 @@ _broken = False
 
 
 def illegal_access() -> None:
-    """Raise an error and break this process for later calls, as an illegal access breaks a CUDA context."""
+    """Raise an error and mark this process as broken, as an illegal memory access breaks a CUDA context."""
     global _broken
     _broken = True
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -108,7 +108,7 @@ def out_of_memory() -> None:
 
 
 def wrong_bits(plain: Any) -> Any:
-    """Return `plain` with results whose last bit changes from call to call."""
+    """Return a function that calls `plain` and changes the last bit of the results in every other call."""
     calls = 0
 
     def planted(*args: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Make a test for each run of one part of the sample of `bench.ptx.matrix`."""
+"""Make the tests for one part of the sample of `bench.ptx.matrix`: a test for each run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ AGAIN = f"python -m bench.ptx --matrix --resume --out {MATRIX.relative_to(RESULT
 
 
 def rows_test(chosen: Callable[[str], bool]) -> Callable[[matrix.Run], None]:
-    """Return a test of the runs that `chosen` accepts. `chosen` is called with the kind and the case as one string."""
+    """Return a test that is parametrised over the runs for which `chosen` returns True.
+
+    The argument of `chosen` is the kind and the name of the case, such as "neck even maps".
+    """
     runs = [run for run in matrix.runs(sample=True) if chosen("{kind} {case}".format(**run.about()))]
     committed = {matrix.key_of(row): row for row in read(MATRIX) if row["order"] == "together"}
 

@@ -37,7 +37,7 @@ def kernels() -> set[str]:
 
 @contextmanager
 def launches() -> Iterator[set[str]]:
-    """Collect the names of the kernels that are launched inside. The kernels do not run; their outputs are zeros."""
+    """Collect the names of the kernels launched in the `with` block. The kernels do not run; outputs are zeros."""
     found: set[str] = set()
     with (
         emulated_device(89, check=False),
@@ -50,7 +50,10 @@ def launches() -> Iterator[set[str]]:
 
 
 def test_every_kernel_is_launched_by_a_case_of_the_family():
-    """The shapes of the family run with one sample and one head, in bf16 and fp32: kernels can depend on the dtype."""
+    """Each shape of the family is used with one sample and one head.
+
+    Each shape is used in bf16 and in fp32, because the dtype can decide which kernels are launched.
+    """
     everywhere = set()
     for shape in FAMILY:
         small = SHAPES[shape]._replace(batch=1, heads=1)
@@ -58,7 +61,7 @@ def test_every_kernel_is_launched_by_a_case_of_the_family():
             for operator in OPERATORS:
                 for dtype in {"bf16", "fp32"} & set(operator.dtypes):
                     case = Case(operator, dtype, shape)
-                    with suppress(NotImplementedError):  # a row "unsupported"
+                    with suppress(NotImplementedError):  # the command reports such a case as "unsupported"
                         results(partial(case.judged, backend="triton"), case.inputs())
         everywhere |= found
     assert len(kernels()) > 40

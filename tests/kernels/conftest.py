@@ -32,9 +32,10 @@ print(json.dumps({"operators": operators, "loaded": loaded, "backends": sorted(s
 
 @pytest.fixture(scope="session")
 def fresh_import() -> dict[str, Any]:
-    """Return what importing srm_kernels in a new process registers, loads and writes to stderr.
+    """Import srm_kernels in a new process, call one operator, and return the effects.
 
-    In this process, Triton is blocked, PATH is empty, and warnings are errors.
+    The effects are the registered operators, the loaded packages, the names of the backends, and the output on stderr.
+    In the new process, Triton is blocked, PATH is empty, and warnings are errors.
     """
     hidden = ("SRM_KERNELS_BACKEND", "PYTHONWARNINGS")
     env = {key: value for key, value in os.environ.items() if key not in hidden} | {"PATH": ""}

@@ -32,9 +32,10 @@ def within(
 
 @contextmanager
 def poisoned(*modules: Any) -> Iterator[None]:
-    """Fill the outputs and workspaces that these modules allocate with NaN, or with invalid indices.
+    """Make `empty` of these modules return tensors that are filled with NaN or, for integers, with an invalid index.
 
-    A kernel that leaves an element unwritten then gives a wrong result.
+    The modules allocate outputs and workspaces with `empty`. If a kernel leaves an element unwritten, the result is
+    then wrong.
     """
 
     def poison(tensor: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ def results_and_gradients(
 def follow_the_rule(function: Callable[..., Any], tensors: list[Tensor], *, backend: str = "triton") -> None:
     """Assert that the results and the gradients of a backend satisfy the numerics rule.
 
-    The backend runs `function(*tensors, backend=backend)`. The backend "reference" computes the same in plain PyTorch,
-    in the dtype of the tensors and in fp64.
+    The tested result is `function(*tensors, backend=backend)`. It is compared with two results of the backend
+    "reference", which is plain PyTorch: one in the dtype of the tensors, and the exact result in fp64.
     """
     cpu = [x.cpu() for x in tensors]
     wide = [x.double() for x in cpu]

@@ -72,7 +72,7 @@ def pooled(
 
 
 def results(size: int, **options: Any):
-    """Return a function that computes P̄ and pool(F) of a single link, for the numerics rule.
+    """Return a function that computes P̄ and pool(F) of a single link; `follow_the_rule` accepts this function.
 
     The function takes all tensors of the link except X.
     """

@@ -1,6 +1,6 @@
 """Compile kernels without a GPU, in a separate process.
 
-Kernels that were imported under TRITON_INTERPRET cannot be compiled.
+A process that has imported kernels under TRITON_INTERPRET cannot compile them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Definitions of the operators in fp64. They are dense and slow, and share no code with the package.
 
-Symbols are those of the article: K̃ are the landmark keys, L, W and R the softmax blocks, X the solution, and Y = L X.
-`agree` is the tolerance rule of the tests that compare values.
+Symbols are those of the article. K̃ is the matrix of the landmark keys. L, W and R are the softmax blocks. X is the
+solution of the landmark system, and Y = L X is the output. `agree` checks the tolerance rule of the tests that compare
+values.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ FP64 = torch.float64
 
 
 def agree(actual: Tensor, exact: Tensor, plain: Tensor | None = None, *, rtol: float = 1e-10) -> None:
-    """Assert that a result satisfies the tolerance rule. An error is the largest absolute error, computed in fp64.
+    """Assert that a result satisfies the tolerance rule.
 
-    - Without `plain`, for fp64 results: the error is at most `rtol` times the largest exact value.
+    The error of a result is its largest absolute difference from `exact`, computed in fp64. The scale is the largest
+    absolute value of `exact`.
+
+    - Without `plain`, for fp64 results: the error is at most `rtol` times the scale.
     - With `plain`: the error is at most twice the error of `plain`, plus half a machine epsilon of the dtype of
-      `actual` times the largest exact value. `plain` is the same quantity by plain PyTorch in the same storage dtype,
-      with intermediate results in fp32.
+      `actual` times the scale. `plain` is the result of plain PyTorch with the same storage dtype and with intermediate
+      results in fp32.
     """
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     size = exact.abs().max().item()
@@ -38,7 +42,7 @@ def agree(actual: Tensor, exact: Tensor, plain: Tensor | None = None, *, rtol: f
 
 
 def tokens(seed: int, *shape: int, dtype: torch.dtype = FP64, scale: float = 1.0) -> Tensor:
-    """Return standard normal tokens (B, H, N, d) from a seed, multiplied by `scale` and rounded to `dtype`."""
+    """Return standard normal numbers, such as tokens (B, H, N, d), multiplied by `scale` and rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator, dtype=FP64)).to(dtype)
 
@@ -86,9 +90,9 @@ def uniform(n: int, rank: int) -> Tensor:
 
 
 def pivoted_cholesky(key: Tensor, rank: int) -> Tensor:
-    """Select landmarks greedily by the explicit residual of exp(K Kᵀ s).
+    """Select landmarks greedily: each is the largest diagonal entry of the explicit residual of exp(K Kᵀ s).
 
-    The matrix is divided by its largest entry, so that it does not overflow.
+    The matrix exp(K Kᵀ s) is divided by its largest entry, so that it does not overflow.
     """
     key = key.double()
     b, h, n, d = key.shape
@@ -119,7 +123,8 @@ def softmax(logits: Tensor) -> Tensor:
 class System(NamedTuple):
     """The system A Z = G, with X = scale·Z.
 
-    A is W_λ, or W̃ + λI with equilibration. `ridge` is the absolute λ.
+    A is W_λ, or W̃ + λI with equilibration. `ridge` is λ; the argument `ridge` of the functions below is λ₀, and
+    λ = λ₀ · tr(W)/r, or λ₀ · tr(W̃)/r with equilibration.
     """
 
     matrix: Tensor
@@ -149,7 +154,7 @@ def solve(logits: Tensor, rhs: Tensor, ridge: float = 1e-3, equilibrate: bool = 
 def pseudo_inverse_solve(
     logits: Tensor, rhs: Tensor, ridge: float, eps: float, equilibrate: bool = False
 ) -> Tensor:
-    """Return the minimum-norm solution: without a ridge, singular values of at most r·eps·σ_max are dropped."""
+    """Return the minimum-norm solution; without a ridge, singular values up to r·eps·σ_max are treated as zero."""
     s = system(logits, rhs, ridge, equilibrate)
     U, sigma, Vh = torch.linalg.svd(s.matrix)
     limit = 0.0 if ridge > 0 else sigma.shape[-1] * eps * sigma[..., :1]
@@ -160,7 +165,7 @@ def pseudo_inverse_solve(
 def neumann(
     logits: Tensor, rhs: Tensor, ridge: float = 1e-3, order: int = 3, equilibrate: bool = False
 ) -> Tensor:
-    """Return X by the series Z = α Σ_{k=0..m} (I − αA)^k G with α = 1/(1 + λ)."""
+    """Compute X = scale·Z with the series Z = α Σ_{k=0..m} (I − αA)^k G, where α = 1/(1 + λ) and m is `order`."""
     s = system(logits, rhs, ridge, equilibrate)
     alpha = 1 / (1 + s.ridge)[..., None, None]
     step = torch.eye(s.matrix.shape[-1], dtype=FP64) - alpha * s.matrix
@@ -255,7 +260,7 @@ def plain_nystrom(
     scale: float | None = None,
     solver: str = "lu",
 ) -> Tensor:
-    """Compute Nyström attention in plain PyTorch, in the storage dtype with intermediate results in fp32."""
+    """Compute Nyström attention in plain PyTorch in fp32, and round the result to the dtype of the query."""
     dtype = query.dtype
     query, key, value = query.float(), key.float(), value.float()
     if qk_norm is not None:
@@ -291,7 +296,7 @@ def fusion(
     eps: float = 1e-6,
     unit: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (γM, a, γ, ‖M‖_F). `unit` is the unit roundoff u of a half-precision output, otherwise 0."""
+    """Return (γM, a, γ, ‖M‖_F). `unit` is the unit roundoff u if the output has half precision, and 0 otherwise."""
     maps = maps.double()
     weights = softmax(logits.double() / temperature)
     M = torch.zeros_like(maps[:, 0])

@@ -1,4 +1,4 @@
-"""Tests of Nyström attention and of full attention, its quadratic baseline. Tolerances: `oracle.agree`."""
+"""Tests of Nyström attention and of full attention, its quadratic baseline, with the tolerances of `oracle.agree`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from srm_kernels.landmarks import LANDMARK_METHODS
 DIRECT = ("cholesky", "lu", "svd", "auto")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 QK_NORMS = (None, "keys", "both")
-RANK = 20  # torch's fused attention is used from 16 landmarks on; SMALL uses the reference
+RANK = 20  # with 16 landmarks or more, torch's fused attention runs; with fewer, as in SMALL, the reference
 SMALL = 8
 
 
@@ -119,7 +119,7 @@ def test_scale_replaces_the_default(scale):
 @pytest.mark.parametrize("solver", ["lu", "svd", "auto"])
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
 def test_every_key_a_landmark_and_no_ridge_is_full_attention(solver, qk_norm, nk):
-    """κ(W) is below 1000 here, so rounding errors stay below the tolerance of `oracle.agree`, 1e-10."""
+    """For these keys, κ(W) is below 5, so rounding errors stay below 1e-10, the tolerance of `oracle.agree`."""
     q, k, v = inputs(5, nk=nk)
     y = nystrom_attention(q, k, v, nk, ridge=0.0, solver=solver, qk_norm=qk_norm)
     oracle.agree(y, oracle.full(q, k, v, qk_norm=qk_norm))
@@ -213,7 +213,7 @@ def test_diagnostics_are_those_of_the_solve():
 
 
 def test_normalised_keys_bound_condition_and_output_whatever_the_keys():
-    """One key is multiplied by 1000. The bound κ(W_λ) ≤ r (1 + λ)/λ ≤ r (1 + r/λ0) still holds."""
+    """The bound κ(W_λ) ≤ r (1 + λ)/λ ≤ r (1 + r/λ0) holds even if one key is multiplied by 1000."""
     q, k, v = inputs(14, nk=40)
     k[:, :, 3] *= 1000
     _, found = nystrom_attention(q, k, v, 16, qk_norm="keys", diagnostics=True)
@@ -224,9 +224,10 @@ def test_normalised_keys_bound_condition_and_output_whatever_the_keys():
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
 def test_full_attention_in_lower_dtypes(qk_norm, dtype, backend):
-    """Normalised tokens in half precision have a tolerance of 8 eps.
+    """With normalised tokens in half precision, the tolerance of the output is 8 eps of the largest |V|.
 
-    scaled_dot_product_attention takes its inputs in one dtype, so normalised tokens are rounded to this dtype.
+    The tolerance is larger than that of `oracle.agree`, because the normalised tokens are rounded to the dtype of the
+    inputs: scaled_dot_product_attention needs Q, K and V in one dtype.
     """
     q, k, v = inputs(15, dtype=dtype)
     y = full_attention(q, k, v, qk_norm=qk_norm, backend=backend)
@@ -247,9 +248,10 @@ def test_full_attention_in_fp64(qk_norm):
 @pytest.mark.parametrize("rank", [SMALL, RANK])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_storage_only(dtype, rank):
-    """Blocks and X are fp32, so the result equals the fp32 result of the same inputs, rounded once.
+    """Blocks and X are fp32, so the output is that of the same inputs in fp32, rounded once to half precision.
 
-    Less than 1 % of the elements may differ: rounding errors in fp32 can change how an element is rounded to the dtype.
+    Less than 1 % of the elements may differ, because rounding errors in fp32 can change to which half-precision value
+    an element is rounded.
     """
     q, k, v = inputs(28, dtype=dtype)
     landmarks = select_landmarks(k, rank)
@@ -260,10 +262,11 @@ def test_half_precision_is_storage_only(dtype, rank):
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_model_solve_dtype_forms_the_blocks_in_the_models_dtype(dtype):
-    """`solve_dtype="model"` is an ablation. With fp32 inputs, its result satisfies the same rule as the default.
+    """`solve_dtype="model"` is an ablation. With fp32 inputs, its output satisfies `oracle.agree`.
 
-    In half precision, the blocks are rounded to the dtype. The error is then larger than the error of the default. The
-    error is at most twice that of plain PyTorch with blocks in that dtype, plus 2 eps of the largest value.
+    With half-precision inputs, the blocks are rounded to half precision, so the error is larger than with the default
+    `solve_dtype`. The error is at most twice the error of plain PyTorch with blocks in half precision, plus 2 eps of
+    the largest exact value.
     """
     q, k, v = inputs(17, dtype=dtype, nk=64)
     landmarks = select_landmarks(k, 12)
@@ -289,7 +292,7 @@ def test_model_solve_dtype_forms_the_blocks_in_the_models_dtype(dtype):
 @pytest.mark.parametrize("rank", [SMALL, RANK])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_logits_accumulate_in_fp32(backend, rank):
-    """The products q·k reach about 3e5, beyond the range of fp16. The scale makes the logits small again."""
+    """The products q·k reach about 1.8e5, beyond the range of fp16. The scale of 1e-4 makes the logits small again."""
     q, k, v = inputs(18, dtype=torch.float16)
     q, k = q * 90, k * 90
     assert (q.double() @ k.double().mT).abs().max() > 65504
@@ -353,7 +356,7 @@ def test_nan_in_a_query_token_stays_in_that_token():
 @pytest.mark.parametrize("nk", [3, 8, 21, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
 def test_nan_is_never_laundered_into_a_number(nk, dtype):
-    """At some sizes, torch's fused attention returns zeros for a query that contains NaN."""
+    """A query with NaN has an output of NaN, although torch's fused attention returns zeros if there are few keys."""
     q, k, v = inputs(25, b=1, h=1, nk=nk, dtype=dtype)
     q[0, 0, 2] = math.nan
     assert nystrom_attention(q, k, v, nk)[0, 0, 2].isnan().all()
@@ -379,7 +382,7 @@ def test_full_attention_under_autocast_keeps_the_querys_dtype(backend):
 
 
 def test_autocast_does_not_reach_inside():
-    """With fp32 inputs, an enclosing bf16 autocast does not round the blocks."""
+    """If the inputs are fp32, autocast to bf16 around the call does not round the blocks to bf16."""
     q, k, v = inputs(23, dtype=torch.float32)
     expected = nystrom_attention(q, k, v, RANK)
     with torch.autocast("cpu", torch.bfloat16):

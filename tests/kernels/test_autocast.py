@@ -1,7 +1,8 @@
 """Tests of operators whose arguments have different dtypes.
 
-Under autocast, the arguments are cast, as torch casts those of its own attention. Without autocast, or if one of
-the dtypes is fp64, a TypeError is raised.
+Under autocast, the arguments of attention are cast to autocast's dtype, as torch casts the arguments of its own
+attention. If the first argument of an operator in `PROMOTED` is fp32, narrower arguments are cast to fp32. Without
+autocast, or if one of the dtypes is fp64, attention, `landmark_side` and `landmark_solve` raise a TypeError.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from srm_kernels import full_attention, landmark_side, landmark_solve, nystrom_a
 
 F32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MIXES = [mix for mix in itertools.product((F32, BF16, FP16), repeat=3) if len(set(mix)) > 1]
-DEVICE = "cpu"  # `test_rules_are_registered_for_both_devices` tests AutocastCUDA
+DEVICE = "cpu"  # for CUDA, `test_rules_are_registered_for_both_devices` only checks that the rules exist
 SEVERAL = [name for name, (_, make) in CALLS.items() if len(make()) > 1]
 # Attention takes Q, K and V in one dtype. Other operators accept parameters with a wider dtype than their input.
 ATTENTION = {
@@ -98,7 +99,10 @@ def test_without_autocast_and_in_fp64_a_mix_is_a_type_error(call):
 
 
 def test_rules_are_registered_for_both_devices():
-    """Every operator that takes several tensors of one dtype has casting rules for the CPU and for CUDA."""
+    """Operators with several tensor arguments have casting rules for the CPU and CUDA, with two exceptions.
+
+    `select_landmarks` and `landmark_diagnostics` have no casting rules.
+    """
     for name in SEVERAL:
         with Recorder() as recorder:
             CALLS[name][0](*CALLS[name][1]())
@@ -110,7 +114,7 @@ def test_rules_are_registered_for_both_devices():
 
 
 def called(name: str) -> Any:
-    """Return the first operator except `select_landmarks` that a public function calls, and its fp32 arguments."""
+    """Return the first operator that a public function calls, except `select_landmarks`, and its arguments in fp32."""
     with Recorder() as recorder:
         CALLS[name][0](*CALLS[name][1](F32))
     operator, calls = next((o, c) for o, c in recorder.calls.items() if o._opname != "select_landmarks")
@@ -119,9 +123,10 @@ def called(name: str) -> Any:
 
 @pytest.mark.parametrize("name", [n for n in SEVERAL if n not in ("full_attention",)])
 def test_the_operators_themselves_are_cast_too(name):
-    """Operators cast their arguments even if they are called directly, as in an exported program.
+    """Registered operators cast their arguments themselves, without the public functions that call them.
 
-    In an exported program, autocast can change the dtypes of the other steps.
+    An exported program calls the operators directly. If it runs under autocast, its other steps can pass tensors of
+    different dtypes to an operator.
     """
     operator, args = called(name)
     dtypes = itertools.cycle((BF16, F32, F32, BF16))

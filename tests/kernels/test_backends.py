@@ -138,7 +138,7 @@ def test_an_argument_overrules_the_environment_variable(monkeypatch):
 def test_imports_without_triton_compiler_or_warnings(fresh_import):
     """The import writes nothing to stderr and loads no large optional package.
 
-    Triton is blocked, PATH is empty, and warnings are errors.
+    It runs in a new process, in which Triton is blocked, PATH is empty, and warnings are errors.
     """
     assert fresh_import["stderr"] == ""
     assert fresh_import["backends"] == sorted(NAMES)
@@ -148,9 +148,9 @@ def test_imports_without_triton_compiler_or_warnings(fresh_import):
 
 @pytest.mark.parametrize(("keys", "expected"), [(64, 1), (2**16 + 1, 2)])
 def test_small_work_of_the_key_side_stays_on_one_thread(keys, expected):
-    """Few keys use one thread; many keys use both threads.
+    """Of two threads, `work` uses one if there are few keys, and both if there are many.
 
-    The number of threads is restored afterwards, also after an error.
+    After the call, the number of threads is two again, even if `work` raises an error.
     """
     seen = []
 
@@ -200,9 +200,9 @@ def test_the_name_of_the_last_release_is_taken_with_one_warning(monkeypatch):
 
 
 def test_a_program_that_the_last_release_exported_runs():
-    """An exported program contains the name of the backend as a constant.
+    """A program exported by the last release can contain "sdpa", the former name of the backend "torch", as a constant.
 
-    The former name "sdpa" gives the same results and gradients as "torch".
+    With "sdpa", operators therefore give the same results and gradients as with "torch".
     """
     x, ones = tokens(0, 1, 2, 5, 4).requires_grad_(), torch.ones(4, dtype=torch.float64)
     results = [torch.ops.srm.dyt(x, ones[0], ones, ones, name) for name in ("sdpa", "torch")]
@@ -212,7 +212,7 @@ def test_a_program_that_the_last_release_exported_runs():
 
 
 def test_an_amd_build_of_torch_is_refused_in_a_sentence(monkeypatch):
-    """Such a build also names its devices "cuda", and its compute capability would be accepted."""
+    """An AMD build of torch also names its devices "cuda", and they would pass the check of the compute capability."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     reason = "its kernels are written for NVIDIA GPUs, and this torch is built for AMD GPUs"
     assert backends()["triton"] == (False, reason)

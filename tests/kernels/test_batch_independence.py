@@ -1,9 +1,9 @@
 """Tests that the output and the gradients of a sample do not depend on the other samples of its batch.
 
-- If all other samples are replaced and the batch size stays the same, the results are bit-equal.
-- Gradients with respect to other samples are exactly zero.
-- Alone and in a batch, the results of a sample differ by at most 16 eps of the largest value. They need not be
-  bit-equal, because BLAS kernels can round differently for another batch size.
+- If all other samples are replaced and the batch size stays the same, the results of the sample are bit-equal.
+- The gradients of its output with respect to the other samples are exactly zero.
+- Its results in the batch differ from its results in a batch of one by at most 16 eps of the largest value. They need
+  not be bit-equal, because BLAS kernels can round differently for another batch size.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
 
 
 def run(name: str, tensors: list[Tensor], sample: int) -> list[Tensor]:
-    """Return the output of one sample, and the gradients of its sum of squares with respect to every input."""
+    """Return the output y of one sample, and the gradients of Σ y² with respect to every input."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     out = CASES[name][0](*leaves)[sample]
     return [

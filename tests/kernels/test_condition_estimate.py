@@ -1,4 +1,4 @@
-"""Tests of the κ of `estimate_condition`, and of which solvers read values on the host."""
+"""Tests of the estimate of κ by `estimate_condition`, and tests of which solvers read values on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srm_kernels.conditioning import reference
 from srm_kernels.conditioning.estimate import normal_probes
 from srm_kernels.options import SolveOptions
 
-LOWEST = 0.5  # accepted estimate/κ₂; the lowest ratio of 100,000 matrices was 0.53 (smooth, r = 128)
+LOWEST = 0.5  # lowest accepted estimate/κ₂; the lowest of 100,000 matrices was 0.53 (smooth, r = 128)
 
 
 def keys_of(family: str, r: int, d: int, count: int) -> Tensor:
@@ -42,9 +42,9 @@ def keys_of(family: str, r: int, d: int, count: int) -> Tensor:
     "family", ["random", "duplicated", "one pair", "collinear", "outlier", "graded", "smooth"]
 )
 def test_the_estimate_is_within_its_band(family, equilibrate, dtype):
-    """The estimate is between κ₂/2 and κ₂, up to the rounding error of a solve.
+    """The estimate is between κ₂/2 and κ₂, except for the rounding error of the solves in the estimate.
 
-    The relative rounding error is r·eps·κ. Only matrices with r·eps·κ below 0.5 are compared.
+    The relative rounding error is about r·eps·κ. Only matrices with r·eps·κ below 0.5 are compared.
     """
     compared = 0
     for r, d, scale in ((2, 8, 0.3), (16, 8, 1.0), (64, 32, 0.3), (128, 32, 2.0)):
@@ -72,9 +72,9 @@ def test_the_estimate_is_within_its_band(family, equilibrate, dtype):
 
 
 def test_no_pair_of_duplicated_landmarks_is_missed():
-    """Each of the 2,016 pairs of 64 landmarks is duplicated in one matrix.
+    """For each of the 2,016 pairs of 64 landmarks, there is one matrix in which the two landmarks have equal keys.
 
-    Start vectors of random signs would fail for a pair of landmarks with equal signs in all vectors.
+    With start vectors of random signs, the estimate would be too low for two landmarks with equal signs in all vectors.
     """
     r, d = 64, 32
     first, second = torch.triu_indices(r, r, 1)

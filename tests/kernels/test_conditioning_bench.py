@@ -52,9 +52,10 @@ def test_an_aim_that_is_missed_is_told():
 
 
 def test_what_is_slow_is_called_seldom_and_never_in_a_queue(monkeypatch):
-    """After its first call, a slow call is timed only twice, with one launch for each measurement.
+    """A call that takes longer than 0.1 s is timed alone, and only twice after its first measurement.
 
-    On a GPU, a queue of ten SVDs of many matrices would take too long.
+    Other calls are timed in queues of ten. On a GPU, a queue of ten SVDs of many matrices would take too long.
+    "compiled" is slow only in its first measurement, so it is timed alone once more and then in queues.
     """
     taken: dict[str, list[int]] = {"slow": [], "fast": [], "compiled": []}
 

@@ -1,7 +1,8 @@
 """Tests of the bounds of docs/CONDITIONING.md.
 
-The bounds are κ₂(S + λI) ≤ (1 + λ)/λ and κ₂(W_λ) ≤ ϱ(1 + λ)/λ, with ϱ ≤ r for keys of equal norm. The relative rounding
-error of κ in fp64 is r·eps·κ. It is below 1e-6 in all assertions of this file.
+The bounds are κ₂(S + λI) ≤ (1 + λ)/λ and κ₂(W_λ) ≤ ϱ(1 + λ)/λ. ϱ is the largest row sum of exp(K̃K̃ᵀ/√d) divided by the
+smallest. For keys of equal norm, ϱ ≤ r. Because of rounding errors, a computed κ₂ may exceed its bound by at most 1e-6
+of the bound (`ROUNDING`).
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def test_keys_as_they_are_obey_the_certificate(seed, r, d, ridge, spread):
 
 
 def test_duplicated_landmarks_attain_both_bounds_but_for_r():
-    """With two equal landmarks, κ₂ is (1 + λ)/λ: all bounds are attained, except for the factor r.
+    """With two equal landmarks, κ₂(W_λ) = (1 + λ)/λ: both bounds are attained, with ϱ = 1, which is less than r.
 
-    W has the eigenvalues 0 and 1, so S + λI has the eigenvalues λ and 1 + λ.
+    W = S has the eigenvalues 0 and 1, so W_λ = S + λI has the eigenvalues λ and 1 + λ.
     """
     keys = oracle.normalise(tokens(0, 1, 8)).expand(2, 8)
     logits = keys @ keys.mT / math.sqrt(8)

@@ -1,11 +1,12 @@
 """Tests of the C++ library for the default solve on the CPU: its accuracy, and which matrices the reference solves.
 
-The library is installed, or the fixture `core` builds it. The tolerances are those of test_solve_grid.py:
+The fixture `core` builds the library if it is not installed. The tolerances in fp32 are those of test_solve_grid.py:
 
 - The normwise backward error is at most 8 eps for every κ.
-- If κ < 1e3, the error of X is at most 2·8·κ·eps, which follows from the backward error.
-- For normalised landmarks, the error of L·X is at most twice the error of plain `torch.linalg`, plus 32 eps.
-- In fp64, `oracle.agree` with 1e-10 applies.
+- If κ < 1e3, the relative error of X is at most 2·8·κ·eps, which follows from the bound of the backward error.
+- For normalised landmarks, the relative error of L·X is at most twice the error of plain `torch.linalg`, plus 32 eps.
+
+In fp64, X satisfies `oracle.agree` with its default relative tolerance of 1e-10.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def test_normalised_landmarks_in_fp64(alone, r, family):
 def test_what_it_does_not_serve_goes_to_the_reference_and_disturbs_no_one(dtype):
     """The reference solves the matrices that the C++ library cannot solve.
 
-    The result of each matrix is bit-equal to its result alone.
+    X of each matrix is bit-equal to its X when the matrix is solved alone.
     """
     r = 16
     logits, rhs = problem(r, 9, dtype)
@@ -94,7 +95,7 @@ def test_what_it_does_not_serve_goes_to_the_reference_and_disturbs_no_one(dtype)
     logits[4] = 0
     logits[4, 0, 1] = logits[4, 1, 0] = 3  # indefinite
     logits[5, 2, 7] = logits[5, 7, 2] = -math.inf
-    logits[7] = torch.diag(torch.linspace(0, 2000, r))  # logsumexp far apart
+    logits[7] = torch.diag(torch.linspace(0, 2000, r))  # logsumexp of the rows too far apart
     good = torch.ones(9, dtype=torch.bool)
     good[1:8] = False
     x, used = solve(logits, rhs)
@@ -115,7 +116,8 @@ def test_what_it_does_not_serve_goes_to_the_reference_and_disturbs_no_one(dtype)
 def test_it_ends_where_the_reference_ends(share, by, dtype):
     """The C++ library and the reference have the same limits.
 
-    The asymmetry of the logits and the spread of the rows' logsumexp are 10 % below or above the limit.
+    There is a limit for the asymmetry of the logits, and one for the differences between the rows' logsumexp. The
+    logits `skewed` are 10 % below or above the first limit, and the logits `far` are 10 % below or above the second.
     """
     logits, rhs = problem(8, 2, dtype)
     limit = 1e-3 * (1 + float(logits.abs().max()))
@@ -189,7 +191,7 @@ def test_one_thread_and_two_give_the_same_bits(alone):
 
 
 def test_gradients_are_the_references():
-    """The C++ library computes the forward pass even if gradients are needed. The gradients are the reference's."""
+    """Even if gradients are needed, the C++ library computes the forward pass; the reference computes the gradients."""
     logits, rhs = (t.requires_grad_() for t in problem(6, 3, torch.float64, d=2))
     upstream = tokens(9, 3, 6, 2)
     results = [landmark_solve(logits, rhs, backend=name).x for name in ("torch", "reference")]

@@ -61,7 +61,7 @@ def test_an_install_without_a_compiler_says_so_in_one_line(
 
 
 def test_a_library_that_is_built_again_leaves_the_loaded_one_as_it_was(build, monkeypatch, tmp_path):
-    """A process maps the library that it loaded. A rebuild therefore replaces the file instead of overwriting it."""
+    """A rebuild replaces the file and does not overwrite it, because a process that loaded it still reads from it."""
     from setuptools import Distribution, Extension
 
     target = tmp_path / "srm_kernels" / "_cpu.so"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 
 def scalar(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Return a function that sums the weighted squares of all elements of the floating-point results."""
+    """Return a function that sums the squares of all elements of the floating-point results, each with a weight."""
 
     def total(*inputs: Tensor) -> Tensor:
         outs = [out for out in leaves_of(function(*inputs)) if out.is_floating_point()]
@@ -83,7 +83,10 @@ def test_gradients_of_every_sample(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivatives_forward_over_reverse(name):
-    """The result equals the second derivative of `torch.autograd.grad`, which uses the reference."""
+    """Forward mode over `grad` gives the same second derivatives as `torch.autograd.grad` applied twice.
+
+    The second call of `torch.autograd.grad` differentiates the reference.
+    """
     function, inputs, directions = case(name)
     found = jvp(grad(function, tuple(range(len(inputs)))), inputs, tuple(directions))[1]
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -94,7 +97,10 @@ def test_second_derivatives_forward_over_reverse(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_dual_cotangent_goes_through_a_tape_that_was_recorded_before(name):
-    """The backward pass is linear in the upstream gradient, so a tangent of 3 gives 3 times the gradient."""
+    """A tangent of 3 times the upstream gradient gives every gradient a tangent of 3 times its value.
+
+    The backward pass is linear in the upstream gradient.
+    """
     function, inputs, _ = case(name)
     leaves = [x.clone().requires_grad_() for x in inputs]
     loss = function(*leaves)

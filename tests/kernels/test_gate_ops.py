@@ -1,4 +1,4 @@
-"""Tests of gain-capped fusion, and of the gate's logits and losses. Tolerances: `oracle.agree`, or as stated."""
+"""Tests of gain-capped fusion, and of the gate's logits and losses. Most tolerances are those of `oracle.agree`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def by_definition(m: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_gates_logits_by_definition(dtype):
-    """In half precision, the tolerance of the logits allows only for rounding of the activations.
+    """In half precision, the tolerance of the logits allows for rounding of the activations only.
 
-    The mean and the linear layer do not round to half precision.
+    The mean and the result of the linear layer must not be rounded to half precision.
     """
     maps, biases = [3 * tokens(i, 2, 5, 3, 4) for i in range(3)], [tokens(i, 5) for i in range(3)]
     weights, offsets = [tokens(10 + i, 1, 5) for i in range(3)], [tokens(20 + i, 1) for i in range(3)]
@@ -117,9 +117,10 @@ def test_the_cap_leaves_small_maps_alone_and_bounds_large_ones():
     constant=st.booleans(),
 )
 def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, constant):
-    """In bf16 and fp16, the norm never exceeds the cap: the factor 1 − 2u leaves room for rounding.
+    """In bf16 and fp16, the norm never exceeds the cap, because the cap is first multiplied by 1 − 2u.
 
-    In fp32 and fp64, there is no such factor. The relative excess is at most 1e-6 in fp32 and 1e-12 in fp64.
+    u is the unit roundoff of the dtype, so the factor leaves room for rounding. In fp32 and fp64, there is no such
+    factor, and the norm may exceed the cap by at most 1e-6 of the cap in fp32, and by at most 1e-12 of the cap in fp64.
     The scale of fp16 maps is at least 0.1, to avoid subnormal numbers.
     """
     scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)
@@ -208,13 +209,13 @@ def test_losses_by_definition(floor):
 def test_losses_by_hand():
     """The logarithm is natural, and the floor is in nats, not a fraction of ln S.
 
-    The entropy loss applies the floor to each image. The balance loss uses the mean over the images.
+    The entropy loss applies the floor to each image. The balance loss uses the mean of the weights over the images.
     """
     weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
     entropy, balance = gate_losses(weights, entropy_floor=0.6)
     assert entropy.item() == pytest.approx(
         0.3, rel=1e-12
-    )  # (0.6 − 0 + 0)/2: the second image is above the floor
+    )  # ((0.6 − 0) + 0)/2: the entropy of the second image is above the floor
     assert balance.item() == pytest.approx(2 * 0.25**2, rel=1e-12)
     even = torch.full((2, 4), 0.25, dtype=torch.float64)
     entropy, balance = gate_losses(even, entropy_floor=2.0)
@@ -251,7 +252,7 @@ def test_losses_of_half_precision_weights_are_taken_in_fp32(dtype):
 
 
 def gradients(maps: Tensor, logits: Tensor, **options) -> tuple[Tensor, ...]:
-    """Return the gradients of a sum over the fused map, the gain and the norm, in which every element has a weight."""
+    """Return the gradients of a weighted sum of all elements of the fused map, the gain and the norm."""
     maps, logits = (x.detach().clone().requires_grad_() for x in (maps, logits))
     found = gated_fusion(maps, logits, **options)
     weighed = [

@@ -1,7 +1,8 @@
 """Test that no kernel reads a global for which Triton would refuse the launch.
 
 At compilation, Triton copies every global that a kernel reads. It refuses a launch if a global differs from its copy. A
-NaN always differs from its copy. The interpreter and ahead-of-time compilation do not compare.
+NaN always differs from its copy. Triton's interpreter and ahead-of-time compilation do not compare globals with copies,
+so tests that use them cannot find such a global.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def names_of(code: CodeType) -> Iterator[str]:
 
 
 def globals_read(kernels: list[Any]) -> dict[str, Any]:
-    """Return the values of all globals that these kernels and the functions that they call read.
+    """Return the values of all globals that are read by these kernels, or by functions that the kernels call.
 
     Each key states which function reads which name.
     """

@@ -47,7 +47,7 @@ def solve_inputs(family: str = "random") -> tuple[Tensor, ...]:
 
 
 def fusion_inputs() -> tuple[Tensor, ...]:
-    """Return the inputs of two images: the norm of the first is below a cap of 3, the norm of the second is above."""
+    """Return inputs of two images: the norm of the first fused map is below a cap of 3, that of the second above 3."""
     maps = tokens(5, 2, 3, 2, 2, 2) * torch.tensor([0.2, 4.0], dtype=torch.float64)[:, None, None, None, None]
     return leaves(maps, tokens(6, 2, 3))
 
@@ -56,7 +56,7 @@ def fusion_inputs() -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("family", ["random", "duplicated"])
 @pytest.mark.parametrize(("solver", "gate"), [*((s, True) for s in SOLVERS), ("neumann", False)])
 def test_landmark_solve(solver, gate, family, equilibrate):
-    """With the gate, `neumann` uses the series for `random` and the default solver for `duplicated`."""
+    """With its gate, `neumann` uses the default solver for both families; without its gate, it uses the series."""
 
     def x(logits: Tensor, rhs: Tensor) -> Tensor:
         return landmark_solve(
@@ -68,9 +68,9 @@ def test_landmark_solve(solver, gate, family, equilibrate):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_landmark_solve_with_asymmetric_logits(solver):
-    """If the logits are not symmetric within the tolerance of `cholesky`, LU solves the matrix.
+    """With `cholesky`, LU solves the matrix, because the asymmetry of the logits exceeds the tolerance.
 
-    The derivative of LU treats every logit as a separate variable.
+    The derivative of LU treats l_ij and l_ji as separate variables.
     """
     logits, rhs = solve_inputs()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_landmark_solve_with_asymmetric_logits(solver):
 
 @pytest.mark.parametrize("solver", ["lu", "auto"])
 def test_landmark_solve_without_a_ridge(solver):
-    """The matrix is regular. `svd` is left out, because it must be differentiable for λ0 > 0 only."""
+    """The matrix is invertible. `svd` is not tested, because it has to be differentiable for λ0 > 0 only."""
     assert gradcheck(lambda a, b: landmark_solve(a, b, ridge=0.0, solver=solver).x, solve_inputs())
 
 
@@ -169,7 +169,7 @@ def test_gated_fusion(cap):
 
 
 def test_gate_losses():
-    """One image has an entropy below the floor, the other above. Neither is near the kink of the loss."""
+    """The entropy of one image is below the floor, that of the other above; neither is near the kink at the floor."""
     weights = torch.tensor([[0.9, 0.05, 0.05], [0.3, 0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda a: gate_losses(a, entropy_floor=0.7), (weights,))
 
@@ -182,7 +182,8 @@ def test_gate_losses():
 def test_attention_gradients_in_lower_dtypes(solver, dtype):
     """The gradients satisfy `oracle.agree`.
 
-    `plain` is autograd through plain PyTorch in the same dtype, with intermediate results in fp32.
+    `plain` contains the gradients that autograd computes through plain PyTorch in the same storage dtype, with
+    intermediate results in fp32.
     """
     tensors = [tokens(seed, 2, 2, n, 16, dtype=dtype) for seed, n in ((20, 40), (21, 30), (22, 30))]
     weight = tokens(23, 2, 2, 40, 16, dtype=dtype)
@@ -318,7 +319,7 @@ def test_second_derivatives_of_the_chosen_backend_are_the_references(name):
 
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_torchs_own_attention_says_that_it_has_no_second_derivative(backend):
-    """The test uses 16 keys, the smallest number for which torch's fused kernel is used."""
+    """There are 16 keys, because with fewer keys the reference would run instead of torch's fused kernel."""
     inputs, _ = attention_inputs(nk=16)
     (first,) = torch.autograd.grad(
         full_attention(*inputs, backend=backend).sum(), inputs[:1], create_graph=True

@@ -75,7 +75,7 @@ def test_leverage_in_lower_dtypes_takes_a_top_set_up_to_the_rounding_of_scores(d
     picks = select_landmarks(key, 16)
     scores = oracle.leverage(key).gather(-1, picks)
     rest = oracle.leverage(key).scatter(-1, picks, -1.0).amax(-1)
-    slack = 1e-5  # more than the fp32 rounding error of a score, which is below 1
+    slack = 1e-5  # more than the fp32 rounding error of a score; scores are below 1
     assert bool((scores[..., :-1] >= scores[..., 1:] - slack).all())
     assert bool((scores[..., -1] >= rest - slack).all())
 
@@ -84,8 +84,9 @@ def test_leverage_in_lower_dtypes_takes_a_top_set_up_to_the_rounding_of_scores(d
 def test_leverage_ties_go_to_the_lower_index(dtype):
     """Keys with equal scores are selected in the order of their indices.
 
-    Each axis has three equal keys. The Gram matrix is then diagonal, and equal keys have exactly equal scores. Lengths
-    of keys are powers of two. Dividing by a pivot then gives the same bits as multiplying by its reciprocal.
+    Three equal keys lie on each coordinate axis. The Gram matrix is therefore diagonal, and equal keys have exactly
+    equal scores. The lengths of the keys are powers of two, so dividing a key by a pivot of the Gram matrix gives the
+    same bits as multiplying it by the reciprocal of the pivot.
     """
     d = 8
     key = torch.zeros(1, 1, 3 * d, d, dtype=dtype)
@@ -120,9 +121,9 @@ def test_pivoted_cholesky_is_greedy_on_the_residual_kernel(rank, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_pivoted_cholesky_survives_kernels_beyond_the_range_of_exp(dtype):
-    """The landmarks are correct although exp(‖k‖² s) overflows in fp32.
+    """The landmarks are correct although exp(‖k‖² s) overflows in fp32: s is 1/4, and some ‖k‖² exceed 400.
 
-    It overflows because some squared norms exceed 400. A common factor of all kernel values does not change the choice.
+    Dividing all kernel values by a common factor prevents the overflow and does not change the choice.
     """
     key = tokens(6, 1, 2, 40, 16, dtype=dtype, scale=6.0)
     picks = select_landmarks(key, 5, method="pivoted_cholesky")
@@ -139,10 +140,10 @@ def test_pivoted_cholesky_takes_each_duplicate_only_after_every_other_key():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_kmeans_finds_every_cluster(seed):
-    """`kmeans++` selects a landmark from each of eight clusters, and `uniform` does not.
+    """`kmeans++` selects a landmark from each of eight clusters; `uniform` misses at least one cluster.
 
-    Two clusters have five keys, and six clusters have one key. All clusters are far apart. At r = 8, the Lloyd steps
-    use 2r = 16 keys, which are all keys.
+    Two clusters have five keys each, and six clusters have one key each. All clusters are far apart. There are 16 keys,
+    and with r = 8 the Lloyd steps use the 2r = 16 keys with the largest leverage, so they use all keys.
     """
     centres = 20 * torch.eye(8, 12, dtype=torch.float64)
     cluster = torch.tensor([0] * 5 + [1] * 5 + [2, 3, 4, 5, 6, 7])
@@ -157,9 +158,9 @@ def test_kmeans_finds_every_cluster(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_kmeans_moves_its_centres_to_the_middle_of_their_cluster(seed):
-    """The middle one of three keys in a line becomes a landmark, whichever of them is drawn as the first centre.
+    """Of three keys in a line, the middle one becomes a landmark, whichever key is drawn as the first centre.
 
-    A fourth key is far from this line and is the second cluster.
+    A fourth key is far from the line and is a cluster of its own.
     """
     key = torch.tensor(
         [[9.0, 0.0, 1.0], [9.0, 0.0, 0.0], [9.0, 0.0, -1.1], [0.0, 30.0, 0.0]], dtype=torch.float64
@@ -178,9 +179,9 @@ def test_kmeans_landmarks_are_distinct_and_all_keys_at_full_rank(rank):
 
 
 def test_leverage_sample_frequencies_follow_the_scores():
-    """The frequencies of 3000 draws of one landmark agree with the scores by Pearson's χ² test.
+    """In 3000 draws of one of eight keys, the frequencies of the keys agree with the scores (Pearson's χ² test).
 
-    The bound 30 is the 99.99 % quantile for 7 degrees of freedom.
+    The bound of the test, 30, is the 99.99 % quantile for 7 degrees of freedom.
     """
     key = tokens(11, 1, 1, 8, 3) * torch.linspace(0.1, 2, 8, dtype=torch.float64)[:, None]
     scores = oracle.leverage(key, 0.5)[0, 0]
@@ -194,10 +195,10 @@ def test_leverage_sample_frequencies_follow_the_scores():
 
 
 def test_leverage_sample_draws_without_replacement():
-    """The frequencies of 2000 draws of two from three keys agree with draws without replacement.
+    """In 2000 draws of two of three keys, the frequencies of the pairs agree with draws without replacement.
 
-    An ordered pair (i, j) has the probability p_i p_j / (1 − p_i). The bound of Pearson's χ² test, 18.5, is the 99.99 %
-    quantile for 2 degrees of freedom.
+    In such draws, an ordered pair (i, j) has the probability p_i p_j / (1 − p_i). The bound of Pearson's χ² test, 18.5,
+    is the 99.99 % quantile for 2 degrees of freedom.
     """
     key = torch.diag_embed(torch.tensor([0.3, 0.6, 1.5], dtype=torch.float64))[None, None]
     scores = oracle.leverage(key, 0.5)[0, 0]
@@ -317,7 +318,7 @@ def test_a_non_finite_key_leaves_valid_indices_and_the_other_matrices_alone(meth
 
 
 def test_gamma_reaches_the_choice():
-    """With a small γ, a short key in its own direction is selected before four equal long keys.
+    """With a small γ, a short key is selected before four equal long keys that are orthogonal to it.
 
     With a large γ, a long key is selected first.
     """
@@ -329,7 +330,8 @@ def test_gamma_reaches_the_choice():
 
 
 def test_pivoted_cholesky_leaves_equal_diagonals_to_the_index_not_to_rounding():
-    # The keys are normalised, so all residual diagonals are equal at first. The first landmark must be key 0.
+    # The keys are normalised, so all residual diagonals are equal in the first step. Among equal diagonals, the lowest
+    # index is selected, so the first landmark must be key 0.
     key = torch.randn(3, 4, 60, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     key = key / key.norm(dim=-1, keepdim=True) * 24**0.5
     for dtype in (torch.float64, torch.float32):

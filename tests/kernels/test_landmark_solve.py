@@ -1,10 +1,10 @@
 """Test `landmark_solve`, X = W_λ⁻¹ (R V): every solver is compared with an fp64 solve.
 
-Results in fp64 follow `oracle.agree` with a relative tolerance of 1e-10. In fp32, the error of X can be large when κ is
-high. The tests in fp32 therefore check two other quantities:
+In fp64, X satisfies `oracle.agree` with a relative tolerance of 1e-10. In fp32, the error of X can be large if κ is
+large. The tests in fp32 therefore check two other quantities:
 
-- L·X follows `oracle.agree`, compared with plain `torch.linalg` in fp32.
-- The normwise backward error ‖A X − G‖ / (‖A‖‖X‖ + ‖G‖) is at most 10 r eps.
+- L·X satisfies `oracle.agree`, with plain `torch.linalg` in fp32 as the baseline.
+- The normwise backward error ‖A X − G‖ / (‖A‖‖X‖ + ‖G‖) of the system A X = G is at most 10 r eps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def problem(
 
 
 def uniform_logits(offset: float, r: int) -> Tensor:
-    """Return logits (r, r) whose softmax is W = (1 − a) I + (a/r) 11ᵀ. The function `spread` computes a.
+    """Return logits (r, r) whose softmax is W = (1 − a) I + (a/r) 11ᵀ, with the coefficient a from `spread`.
 
     The spectral radius of I − αW_λ is then a/(1 + λ).
     """
@@ -70,7 +70,7 @@ def test_any_size(solver, r, d):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("solver", DIRECT)
 def test_solvers_in_fp32(solver, family, equilibrate):
-    """Solve sixty systems like those of attention: G = R V, where R covers the landmarks and 64 other keys."""
+    """Solve sixty systems like those of attention: G = R V, and the 96 keys of R are 32 landmarks and 64 others."""
     b, h, r, d = 20, 3, 32, 24
     landmarks = oracle.landmark_family(family, 7, b, h, r, d)
     keys = torch.cat([landmarks, oracle.normalise(tokens(8, b, h, 64, d))], 2)
@@ -132,7 +132,7 @@ def test_no_ridge_in_fp32_drops_the_singular_values_that_are_rounding():
     logits, rhs = problem("duplicated", r=8, dtype=torch.float32)
     x = landmark_solve(logits, rhs, ridge=0.0, solver="svd").x
     exact = oracle.pseudo_inverse_solve(logits, rhs, 0.0, torch.finfo(torch.float32).eps)
-    kept = torch.linalg.svdvals(oracle.softmax(logits))[..., 3]  # half of the eight are rounding errors
+    kept = torch.linalg.svdvals(oracle.softmax(logits))[..., 3]  # the other four are rounding errors
     assert ((x.double() - exact).abs().amax((-2, -1)) <= 64 * 1.2e-7 / kept**2 * rhs.abs().max()).all()
 
 
@@ -191,9 +191,10 @@ def test_asymmetry_within_the_tolerance_is_symmetrised():
 
 
 def test_an_indefinite_matrix_alone_goes_to_lu():
-    """The logits are symmetric but not a Gram matrix.
+    """The logits of one matrix are symmetric but not a Gram matrix.
 
-    Their off-diagonal entries are larger than the diagonal, so S is indefinite and the Cholesky factorisation fails.
+    Two of their off-diagonal entries are larger than the diagonal entries. S is therefore indefinite, and its Cholesky
+    factorisation fails.
     """
     logits, rhs = problem("random", r=4)
     untouched = landmark_solve(logits, rhs)
@@ -267,9 +268,10 @@ def test_auto_takes_lu_below_kappa_max_and_svd_above():
 
 
 def test_auto_and_equilibration_judge_the_equilibrated_matrix():
-    """With `equilibrate`, `auto` compares κ_max with the condition number of the equilibrated matrix.
+    """With `equilibrate`, `auto` compares an estimate of κ of the equilibrated matrix with κ_max.
 
-    The estimate of κ is between 0.5 κ and κ. Every matrix that the SVD must solve therefore has κ > 2 κ_max.
+    The estimate is between 0.5 κ and κ, so it certainly exceeds κ_max only if κ > 2 κ_max. Every matrix for which the
+    test expects the SVD has such a κ.
     """
     keys = (
         oracle.normalise(tokens(7, 1, 2, 8, 24))
@@ -311,7 +313,7 @@ def test_neumann_without_its_gate_is_the_polynomial(order, equilibrate):
 def test_the_series_is_that_of_the_logits_as_they_are():
     """The Neumann series and its scaling D_c are computed from the logits, not from their symmetric part.
 
-    The logits are slightly asymmetric. `cholesky` accepts this asymmetry and uses the symmetric part.
+    The logits are so slightly asymmetric that `cholesky` would accept them and use their symmetric part.
     """
     logits, rhs = problem("random")
     logits = 6 * torch.eye(16) + 1e-4 * tokens(10, 2, 3, 16, 16)
@@ -323,8 +325,8 @@ def test_the_series_is_that_of_the_logits_as_they_are():
 def test_the_neumann_gate_judges_each_matrix():
     """Only the first two of four matrices use the series.
 
-    The spectral radii are about 0.003, 0.2, 0.8 and 0.97. The residual of the third matrix exceeds the limit of 1e-2.
-    The radius of the fourth matrix exceeds the limit of 0.95.
+    The spectral radii are about 0.003, 0.2, 0.8 and 0.97. For the third matrix, the residual of the series exceeds its
+    limit, 1e-2. For the fourth matrix, the radius exceeds its limit, 0.95.
     """
     r = 8
     offsets = (8.0, 3.5, 1.2, 0.2)
@@ -442,9 +444,9 @@ def test_the_condition_number_is_bounded_for_normalised_keys(seed, r, d, ridge, 
 
 
 def test_large_logits_of_keys_that_are_not_normalised():
-    """Row maxima of the logits differ by hundreds. L·X still agrees with the fp64 solve.
+    """L·X agrees with the fp64 solve even if the row maxima of the logits differ by hundreds.
 
-    Nothing overflows, and the error of L·X follows `oracle.agree`, compared with plain `torch.linalg`.
+    Nothing overflows, and L·X satisfies `oracle.agree`, with plain `torch.linalg` as the baseline.
     """
     keys = tokens(13, 1, 2, 16, 24, scale=2.0)
     keys[0, 0, 3] *= 8

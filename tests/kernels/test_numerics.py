@@ -65,9 +65,9 @@ def test_other_shapes_are_an_error():
 
 
 def test_draws_measure_a_sum_that_cancels():
-    """Terms of order 1 cancel to a sum of 1e-3, whose rounding error is still that of terms of order 1.
+    """Terms of order 1 cancel to a sum of 1e-3, but the rounding error of the sum is that of terms of order 1.
 
-    The rule accepts this error only if `draws` has the results for other losses.
+    The rule accepts an error of this size only if `draws` contains the results for other losses.
     """
     exact = torch.tensor([1e-3], dtype=torch.float64)
     found, plain = (exact + 1e-6).float(), exact.float()
@@ -78,7 +78,7 @@ def test_draws_measure_a_sum_that_cancels():
 
 
 def test_an_overflow_of_plain_pytorch_bounds_nothing_else():
-    """Elements that overflow only in plain PyTorch are ignored. The rule still applies to the other elements."""
+    """Elements that overflow in plain PyTorch but not in the exact result are ignored; all others are checked."""
     exact = torch.tensor([7e4, 1.0], dtype=torch.float64)
     plain = torch.tensor([math.inf, 1.0], dtype=torch.float16)
     assert error_ratio(torch.tensor([math.inf, 1.0], dtype=torch.float16), plain, exact) == 0

@@ -1,15 +1,16 @@
-"""Test that every Triton kernel compiles for every architecture and fits the device. No GPU is needed.
+"""Test, without a GPU, that every Triton kernel compiles for every architecture and fits in shared memory.
 
-The tests check that no kernel spills registers up to r = d = 64, and that no kernel exceeds the shared memory of a
-thread block.
+No kernel may need more shared memory than a thread block can use. Kernels with r and d up to 64 must not spill
+registers.
 
 The committed table, bench/results/compiled/resources.jsonl, has a row for each launch. The row contains a digest of
-everything that determines the compiled code. If a kernel or a launch rule has changed, the table lacks the new rows,
-and the tests compile these launches. `python -m bench.resources --out` with the path of the table updates it.
+everything that determines the compiled code. If a kernel or a launch rule has changed, the digests of its launches are
+not in the table, so the tests compile these launches. To update the table, run
+`python -m bench.resources --out bench/results/compiled/resources.jsonl`.
 
-The digest depends on the version of Triton. With a version that is not in the table, the tests would have to compile
-every launch, which takes about an hour on two cores. With such a version, the tests compile only the article's shapes,
-and only for sm_86 (mma.sync) and sm_90 (wgmma).
+The digest also depends on the version of Triton. If the table has no rows for the installed version, all launches are
+missing, and compiling them takes about an hour on two cores. The tests then compile only the shapes that
+`bench.resources --article` selects, and only for sm_86 (mma.sync) and sm_90 (wgmma).
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ WHOLE = triton.__version__ in {row["machine"]["triton"] for row in read(COMPILED
 of_all_shapes = pytest.mark.skipif(not WHOLE, reason="the committed table is of another version of Triton")
 COMPILED_FOR = ARCHITECTURES if WHOLE else (86, 90)
 FAMILIES = ("attention", "solve", "landmarks", "neck")
-# Accepted spills in bytes for other versions of Triton. The launch rules are tuned for the table's version.
+# Accepted spills in bytes for versions of Triton that are not in the table, because the launch rules are tuned
+# for the version in the table.
 SPILLED = {"3.6.0": {("absorbed_kernel", 86): 40}}.get(triton.__version__, {})
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return a row for each current launch, for all shapes of `bench.resources` or only the article's shapes."""
+    """Return a row for each launch of the current code.
+
+    The rows cover all shapes of `bench.resources`. If the table has no rows for the installed version of Triton, they
+    cover only the shapes of `--article`.
+    """
     folder = tmp_path_factory.mktemp("compiled")
 
     def rows_of(architecture: int) -> list[dict[str, Any]]:
@@ -97,7 +103,8 @@ def test_every_solver_is_in_the_table_forward_and_backward(table: list[dict[str,
         assert {(row["kernel"], row["case"]["solver"]) for row in rows} == forms
 
 
-# For each architecture: a family, the index of one of its shapes, and a kernel that once spilled or did not fit.
+# For each architecture: a family, the index of one of its shapes, and a kernel that once spilled registers or
+# needed too much shared memory.
 SAMPLE = {
     80: ("neck", 1, "merge_links_kernel"),
     86: ("attention", 2, "backward_kernel"),
@@ -124,9 +131,9 @@ def test_compiled_anew_a_kernel_asks_for_what_the_table_says(
 
 
 def test_no_kernel_of_the_package_is_left_out():
-    """Every kernel that a source file launches is also launched for the article's shapes.
+    """Every kernel that a source file launches is also launched for the shapes of `--article`.
 
-    The committed table contains all launches for the article's shapes.
+    The committed table contains all launches for these shapes, and therefore every kernel.
     """
     launched = {
         (path.parent.name, name.strip("_"))
@@ -169,7 +176,7 @@ for kinds in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp32")):
 
 
 def test_a_factor_that_is_bf16_already_saves_a_pass(tmp_path: Path):
-    """A product of fp32 factors needs three passes, and a product with one bf16 factor needs two.
+    """A product of two fp32 factors needs three bf16 passes; if one of the factors is bf16, two passes suffice.
 
     Each pass of a 16×16×16 product has two mma.sync instructions.
     """

@@ -1,7 +1,7 @@
-"""Compare the operators on a CUDA device with the fp64 reference on the CPU. Skipped without a CUDA device.
+"""Compare the operators on a CUDA device with the fp64 reference on the CPU.
 
-The error is at most twice the error of the same operator in the same dtype on the CPU, plus 32 eps times the largest
-entry of the exact result.
+Without a CUDA device, all tests are skipped. Unless a test uses another tolerance, the error is at most twice the
+error of the same operator in the same dtype on the CPU, plus 32 eps times the largest entry of the exact result.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def test_values_and_gradients(name, dtype):
 @pytest.mark.parametrize("dyt", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_links_in_tiles_follow_the_rule_and_take_less_memory(dtype, dyt, monkeypatch):
-    """Peak memory is at most a quarter of the reference's, whose probabilities alone have 8 MiB in fp32."""
+    """Peak memory with tiles is at most a quarter of the peak memory of the reference backend.
+
+    The probabilities that the reference stores take 8 MiB in fp32.
+    """
     monkeypatch.setattr(batched, "POSITIONS", 256)
     f, a, bias, w, k, _, *of_dyt = inputs(1, dtype=dtype, dyt=dyt, grid=(128, 128), rank=32, device="cuda")
     call, peaks = results(4, qk_norm="keys"), {}
@@ -124,7 +127,7 @@ def test_solvers_that_do_not_wait_for_the_device(solver, backend):
 @pytest.mark.parametrize("solver", ["cholesky", "lu", "svd", "auto", "neumann"])
 @pytest.mark.parametrize(("r", "d"), [(5, 7), (64, 32), (128, 128)])
 def test_the_triton_solve_in_a_graph(r, d, solver):
-    """Replay a CUDA graph of the forward and backward passes on other values than those of the capture.
+    """Capture the forward and backward passes in a CUDA graph, and replay the graph with new input values.
 
     X and the gradients agree with the reference backend.
     """

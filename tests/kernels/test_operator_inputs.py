@@ -203,7 +203,7 @@ def test_the_sentence_says_what_was_given_and_what_is_accepted():
 
 @pytest.mark.parametrize("name", ["rank 0", "mixed dtypes", "another width", "unknown solver"])
 def test_errors_survive_compile_time_checks(name):
-    """Arguments on the meta device are checked too, so torch.export and torch.compile raise the same errors."""
+    """Meta tensors are checked too, so torch.export and torch.compile raise the same errors as an eager call."""
     meta = {"q": Q.to("meta"), "k": K.to("meta"), "v": K.to("meta")}
     change: dict[str, Any] = {
         "rank 0": {"rank": 0},

@@ -71,7 +71,7 @@ def pooled(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
 
 
 def given(like: Tensor) -> Tensor:
-    """Return landmarks (2, 2, 4) on the device of `like`. They do not depend on the values of `like`."""
+    """Return landmark indices of shape (2, 2, 4) on the device of `like`. The values of `like` are not used."""
     return torch.arange(4, device=like.device).expand(2, 2, 4)
 
 
@@ -168,7 +168,7 @@ def differentiable(out: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Record the arguments of all calls of this project's operators, by overload."""
+    """Record the arguments of every call of this project's operators, grouped by operator overload."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,8 +194,8 @@ def record(dtype: torch.dtype) -> Recorder:
 def test_every_registered_operator_is_reached_by_the_public_functions_and_passes_opcheck(fresh_import):
     """opcheck tests the schema, fake tensors, autograd registration and AOT dispatch of every operator.
 
-    Two kinds of operators are tested without gradients: backward operators, because second derivatives use the
-    reference, and `srm::landmark_system`, because only diagnostics call it.
+    Backward operators are tested without gradients, because second derivatives use the reference.
+    `srm::landmark_system` is tested without gradients, because only diagnostics call it, and they carry no gradient.
     """
     recorder = record(torch.float64)
     reached = {op.name().split(".")[0] for op in recorder.calls}
@@ -306,7 +306,7 @@ def test_vmap_is_the_loop(name):
 
 
 def eq30(nq: int, nk: int, r: int, d: int) -> float:
-    """Return the multiply-accumulates of a link per image and head (article, eq. 30)."""
+    """Return the number of multiply-accumulates of a link per image and head (article, eq. 30)."""
     return 2 * nq * r * d + 2 * r * nk * d + r * r * d + 2 * nk * d * d + d**3 / 3 + r**3 / 3 + r * r * d
 
 

@@ -3,9 +3,10 @@
 The reference is compared with the definition in fp64. The Triton kernels are compared with the reference by the rule of
 `kernel_rule`. Other tests check what is kept for the backward pass, and whether results depend on the batch.
 
-The forward pass uses only kernels of this project, so an image gives the same bits alone and in a batch. In the
-backward pass, matrix products of torch compute the queries. Their rounding can depend on the size of the batch. The
-gradients of an image alone and in a batch therefore agree within 16 eps of fp32 times the largest value.
+The forward pass uses only kernels of this project, so an image gives the same bits alone and in a batch. The backward
+pass computes the queries by matrix products of torch, whose rounding can depend on the batch size. Gradients for an
+image alone can therefore differ from its gradients in a batch, by at most 16 eps of fp32 times the largest value of the
+gradient.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ def test_values_and_gradients(shape, qk_norm, dyt, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_the_absorbed_projection_is_not_rounded_to_the_maps_precision(dtype):
-    """The error of P̄ is at most eps/32 of the maps' dtype, relative to the largest value.
+    """The error of P̄ is at most eps/32 times the largest value of P̄, where eps is that of the maps' dtype.
 
-    If the absorbed projection G were rounded to the maps' dtype, the error would be about eps/4. Logits are of order 1,
-    and pooling does not average out an error that all positions share.
+    If the absorbed projection G were rounded to the maps' dtype, the error would be about eps/4, because logits are of
+    order 1. Pooling would not reduce this error, because all positions of a map share the rounding of G.
     """
     f, a, bias, w, k, _ = inputs(21, dtype=dtype, channels=20)
     found = pooled(f, a, bias, w, k, size=4, qk_norm="keys", backend="triton").probabilities
@@ -151,10 +152,10 @@ def test_links_that_share_maps_and_differ_in_rank(dyt, dtype):
 
 @pytest.mark.parametrize("dyt", [False, True])
 def test_all_links_at_once_are_each_alone(dyt):
-    """P̄, pool(F) and the statistics of three links in one call agree with the reference for each link alone.
+    """P̄, pool(F) and the statistics from one call with three links agree with reference calls for single links.
 
-    P̄ is 0 beyond a link's own r. Results are not compared bit by bit, because the size of the tiles, and therefore the
-    order of the sums, depends on the largest rank.
+    The last dimension of P̄ is the largest rank; entries beyond a link's own rank are 0. Results are not compared bit
+    by bit, because the size of the tiles depends on the largest rank, and determines the order of the sums.
     """
     t = schedule(dyt=dyt)
     xs = [tokens(70 + i, *k.shape, dtype=torch.float32).to(k) for i, k in enumerate(t[12:15])]
@@ -202,8 +203,8 @@ def test_parameters_may_be_wider_than_the_maps():
 def test_the_statistic(dyt, offset, grid):
     """The statistic is also accurate for an X of mean 1000.
 
-    For this X, a difference of sums of squares would lose all digits in fp32. The relative tolerance of the RMS is
-    1e-3, because each term contains the rounding error of 1000 in fp32.
+    For this X, the formula E[Y²] − E[Y]² would lose all digits in fp32. The relative tolerance of the RMS is 1e-3,
+    because each term of the RMS contains the rounding error of a value near 1000.
     """
     f, a, bias, w, k, x, *of_dyt = inputs(7, grid=grid, dyt=dyt)
     x += offset
@@ -277,9 +278,9 @@ def test_the_same_to_the_bit_every_time(dyt):
 
 @pytest.mark.parametrize("dyt", [False, True])
 def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
-    """The backward pass keeps F, and other tensors with at most half as many elements as F.
+    """Autograd keeps F for the backward pass; the other kept tensors have at most half as many elements in total.
 
-    It does not keep the tokens, queries or probabilities of all positions.
+    The tokens, queries and probabilities of all positions are not kept.
     """
     f, a, bias, w, k, x, *of_dyt = inputs(12, b=1, grid=(24, 32), channels=8, dyt=dyt)
     leaves = [t.requires_grad_() for t in (f, a, bias, w, k, *of_dyt)]
@@ -291,10 +292,9 @@ def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
 
 
 def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
-    """All outputs and workspaces of the kernels together have less than a quarter of the map's elements.
+    """With and without DyT, the kernels write outputs and workspaces of less than a quarter of the map's size in total.
 
-    This holds with and without DyT. torch itself creates no tensor as large as the map. T and Q would each be twice as
-    large as the map.
+    No operator of torch returns a tensor as large as the map. T and Q would each be twice as large as the map.
     """
     sizes: list[int] = []
     plain = forward_kernels.empty
@@ -319,7 +319,8 @@ def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
 class Allocations(TorchDispatchMode):
     """Record the number of elements of the largest tensor that an operator of torch returns.
 
-    A matrix product of torch that computes the tokens or queries of a whole map would exceed the limit of the test.
+    If a matrix product of torch computed the tokens or queries of a whole map, the number would exceed the limit that
+    the test sets.
     """
 
     largest = 0
@@ -347,7 +348,7 @@ def test_opcheck():
 def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
     """The number of strips is the smallest for which every strip fits in one tile.
 
-    If a cell is wider than a tile, each strip has one cell and several tiles.
+    If a cell is wider than a tile, each strip is one cell, and several tiles cover it.
     """
     for width in (1, 2, 7, 16, 17, 31, 64, 70, 128, 300):
         strips = launch_rules.strips_of(width, size, positions)
@@ -369,7 +370,7 @@ def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
 
 
 def sources(seed: int, dtype: torch.dtype = torch.float32, *, links: int = 2, b: int = 2) -> list[Tensor]:
-    """Return T, W_K of all links, W_V of all links, and α, weight and bias of DyT, each for all links."""
+    """Return one list: T, then W_K of all links, all W_V, all α, all weights and all biases of DyT."""
     C = 24
     shapes = [(C, C), (C, C), (1,), (C,), (C,)]
     made = [tokens(seed, b, 70, C, dtype=dtype)]
@@ -428,12 +429,12 @@ def test_a_source_may_have_any_strides_and_any_batch():
     whole, other = projected(*made, backend="triton"), projected(strided, *made[1:], backend="triton")
     alone = projected(made[0][:1], *made[1:], backend="triton")
     for x, y, z in zip(whole, other, alone, strict=True):
-        torch.testing.assert_close(x, y)  # other strides can run other code
+        torch.testing.assert_close(x, y)  # for other strides, torch may use other code
         assert torch.equal(x[:, :1], z)
 
 
 def merged(*t: Tensor, tau: bool = True, backend: str | None = None) -> Tensor:
-    """Merge two links, of ranks 5 and 3, into the second of two maps."""
+    """Merge two links of different ranks into the second of two maps."""
     pooled, probabilities, x0, x1, a0, a1, b0, b1, w0, w1, beta0, beta1, *thetas = t
     return merge_links(
         PooledLinks(probabilities, pooled, None), [x0, x1], [(a0, b0), (a1, b1)], [w0, w1], [1, 1],
@@ -492,7 +493,7 @@ def test_merged_maps_of_more_landmarks_than_are_read_at_once():
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_what_cancels_in_a_sum_over_landmarks_is_taken_in_fp32(dtype):
-    """Two rows of X are many times larger than P̄ X, and cancel in P̄ X.
+    """Two rows of X are nearly opposite and much larger than the product P̄ X, in which they cancel.
 
     If X were rounded to the maps' dtype, the error of P̄ X would be about a tenth of P̄ X.
     """
@@ -524,7 +525,7 @@ def test_merged_maps_of_an_image_alone_and_in_a_batch():
 
 @pytest.mark.parametrize("method", ["leverage", "uniform"])
 def test_the_key_side_alone(method):
-    """K̃ has the same bits as the selected keys. X agrees with the reference for the same landmarks."""
+    """K̃ is a bit-for-bit copy of the selected keys. X agrees with the reference for the same landmarks."""
     key, value = (tokens(seed, 2, 2, 20, 8, dtype=torch.float32).to(DEVICE) for seed in (14, 15))
     options: dict[str, Any] = {"method": method, "qk_norm": "keys"}
     k, x = landmark_side(key, value, 7, backend="triton", **options)

@@ -1,6 +1,6 @@
 """Test the RMS statistic, DyT and the loss of τ.
 
-Tolerances are those of `oracle.agree`, unless a test states another one.
+Unless a test states another tolerance, errors are compared with the tolerance of `oracle.agree`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def test_each_head_has_its_own_statistic():
 def test_a_large_offset_does_not_cancel():
     """σ is accurate for fp32 tokens with mean 1e4 and standard deviation 1.
 
-    A difference of squares would lose all digits. The tolerance of the mean is 1e-3, about one unit in the last place
-    of 1e4. The relative tolerance of σ is 1e-4, which is more than such an error of the mean causes.
+    The formula E[Y²] − E[Y]² would lose all digits of σ. The tolerance of the mean is 1e-3, about one unit in the last
+    place of 1e4. An error of 1e-3 in the mean changes σ by less than the relative tolerance of σ, which is 1e-4.
     """
     y = tokens(4, 4, 2, 4096, 8, dtype=torch.float32) + 1e4
     mean, rms = rms_scale(y)
@@ -150,9 +150,9 @@ def test_dyt_saturates_and_keeps_nan():
 
 
 def test_tau_loss_by_hand():
-    """Three of the four heads have τ σ̄ = σ_ref and contribute 0. The other head has τ σ̄ = e² σ_ref.
+    """Three of the four heads have τ σ̄ = σ_ref and contribute 0. The second head of link 0 has τ σ̄ = e² σ_ref.
 
-    The loss is therefore 2²/4 = 1, and 2²/2 = 2 for the first link alone.
+    The loss is the mean of log(τ σ̄ / σ_ref)² over the heads: 2²/4 = 1 for both links, and 2²/2 = 2 for link 0 alone.
     """
     e = math.e
     thetas = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])]

@@ -1,14 +1,16 @@
-"""Compare every solver in fp32 with fp64, for many sizes, kinds of landmarks, temperatures and ridges.
+"""Compare every solver in fp32 with exact results in fp64, for many sizes, kinds of landmarks, temperatures and ridges.
 
-The tolerances are:
+Here a temperature is a factor of the logits. The tolerances are:
 
 - The normwise backward error ‖A X − G‖ / (‖A‖‖X‖ + ‖G‖) of the system A = W_λ is at most 8 eps for each matrix,
   whatever its κ. The largest measured errors are 1.5 eps (`cholesky` and `lu`) and 4.6 eps (`svd`).
 - The relative error of X is at most 2·8·κ·eps, which follows from the first bound. X is compared only if κ < 1e3.
 - The relative error of L·X is compared for normalised landmarks only. Its largest value over kinds and temperatures is
-  at most twice that of plain `torch.linalg` in fp32, plus 32 eps. Plain PyTorch uses `lu`, and also `svd` if the SVD
-  solved a matrix. Kinds are not compared one by one, because the error of a single kind can be ten times smaller by
-  chance. L·X of other landmarks is not compared, because its rounding error has no useful bound with any solver.
+  at most twice that of plain `torch.linalg` in fp32, plus 32 eps. The bound uses the error of `torch.linalg` with LU.
+  If the tested solver used the SVD for any matrix, `torch.linalg` also runs with the SVD, and the larger of its two
+  errors is used. Kinds are not compared one by one, because the error of `torch.linalg` for a single kind can by
+  chance be ten times smaller. L·X of landmarks that are not normalised is not compared, because its rounding error has
+  no useful bound with any solver.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ def keys_of(kind: str, r: int, seed: int) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """A batch of systems like those of attention.
+    """A batch of landmark systems, made from keys as in Nyström attention.
 
-    Dimension 0 is the kind of keys. Dimension 1 has every temperature without normalisation of the keys, then every
-    temperature with normalisation.
+    Dimension 0 is the kind of keys. Dimension 1 has all temperatures twice: first with keys that are not normalised,
+    then with normalised keys.
     """
 
     logits: Tensor  # (7, 8, r, r)
@@ -108,7 +110,10 @@ def test_every_solver_on_every_kind(r, ridge):
 
 
 def product_error(L: Tensor, x: Tensor, exact: Tensor) -> float:
-    """Return the largest error of L·X for normalised landmarks, relative to the largest entry of each exact L·X."""
+    """Return the largest relative error of L·X over all systems with normalised landmarks.
+
+    The error of a system is relative to the largest entry of its exact L·X.
+    """
     L, x, exact = (t[:, len(TEMPERATURES) :] for t in (L, x, exact))
     wanted = (L @ exact).abs().amax((-2, -1))
     return float(((L @ (x - exact)).abs().amax((-2, -1)) / wanted).max())
@@ -116,7 +121,7 @@ def product_error(L: Tensor, x: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("r", [2, 16, 31, 64])
 def test_no_ridge_where_there_is_an_inverse(r):
-    """At temperature 4, random landmarks are so far apart that W has κ < 1e3 without a ridge."""
+    """With logits multiplied by 4, random landmarks are so far apart that W has κ < 1e3 without a ridge."""
     keys = oracle.normalise(tokens(r, 3, r, 32)) * 2
     logits, rhs = (keys @ keys.mT / math.sqrt(32)).float(), tokens(1, 3, r, 5, dtype=torch.float32)
     assert (oracle.condition(oracle.softmax(logits)) < 1e3).all()
@@ -131,9 +136,9 @@ def test_no_ridge_where_there_is_an_inverse(r):
 @pytest.mark.parametrize("r", [2, 3, 16, 32, 64, 128])
 @pytest.mark.parametrize("solver", ["lu", "neumann"])
 def test_no_ridge_and_duplicates_are_told_and_stay_alone(solver, r, dtype):
-    """X is NaN for matrices with duplicated landmarks, and has the same bits as before for the other matrices.
+    """X is NaN for matrices with duplicated landmarks; these matrices do not change the bits of X for the others.
 
-    In two of five matrices, every second landmark is equal to the previous one.
+    In two of five matrices, every second landmark is a copy of the landmark before it.
     """
     keys = oracle.normalise(tokens(r, 5, r, 150)) * 2
     rhs = tokens(1, 5, r, 5, dtype=dtype)
@@ -150,8 +155,8 @@ def test_no_ridge_and_duplicates_are_told_and_stay_alone(solver, r, dtype):
 def test_row_sums_beyond_the_range_of_the_symmetric_form(kind, temperature):
     """`cholesky` falls back to LU if S_ij = √(W_ij W_ji) can underflow.
 
-    One of W_ij and W_ji can be tiny while the other is significant. Without the fallback, the error of X was larger
-    than X at κ below 10, and no diagnostic showed it.
+    One of W_ij and W_ji can be so small that S_ij underflows, although the other is significant. Without the fallback,
+    the error of X was larger than X itself for some matrices with κ below 10, and no diagnostic showed this error.
     """
     for r in (2, 3, 16, 32):
         keys = keys_of(kind, r, 100 * r + KINDS.index(kind)) * math.sqrt(temperature)
@@ -165,7 +170,7 @@ def test_row_sums_beyond_the_range_of_the_symmetric_form(kind, temperature):
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_how_often_the_series_may_be_used(qk_norm):
-    """The series solves only matrices that pass the checks of residual and radius, and fewer than half of all."""
+    """The Neumann series solves only matrices that pass the residual and radius checks: fewer than half of all."""
     logits, rhs, _ = grid_of(16)
     logits, rhs = (t[:, 4:] if qk_norm else t[:, :4] for t in (logits, rhs))
     found = landmark_solve(logits, rhs, solver="neumann", diagnostics=True)
@@ -177,7 +182,8 @@ def test_how_often_the_series_may_be_used(qk_norm):
     residual = oracle.frobenius(s.matrix @ z - s.right) / (oracle.frobenius(s.right) + 1e-12)
     served = found.solver == Solver.NEUMANN
     assert (residual[served] < 1e-2 * 1.001).all()
-    # The solver estimates the radius with twenty power iterations, so the bound is 1 instead of 0.95.
+    # The solver requires a radius below 0.95. Its estimate, from twenty power iterations, can be below the exact
+    # radius, so the bound here is 1.
     assert (radius[served] < 1).all()
     clear = (residual > 1.01e-2) | (radius > 1 + 1e-6)
     assert not served[clear].any()

@@ -34,7 +34,12 @@ NORMS = (None, "keys", "both")
 
 @pytest.fixture(autouse=True, params=["torch", "csrc", "GPU"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Use small tiles of one image, with steps in plain PyTorch ("torch") or C++ ("csrc"), or of all images ("GPU")."""
+    """Run each test with small tiles and with each of three implementations.
+
+    - "torch": a tile has one image, and its steps run in plain PyTorch.
+    - "csrc": a tile has one image, and its steps run in C++.
+    - "GPU": a tile has all images of the batch, as on a GPU.
+    """
     positions(monkeypatch, 40)
     if request.param == "GPU":
         monkeypatch.setattr(neck, "_by_tiles", lambda _: batched)
@@ -147,9 +152,9 @@ def test_any_strides(dyt, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dyt", [False, True])
 def test_an_image_alone_and_in_a_batch_gives_the_same_bits(dyt, dtype, layout, grid):
-    """P̄, pool(F) and the gradients of F and K̃ have the same bits on a CPU, where a tile has one image.
+    """On a CPU, where a tile has one image, P̄, pool(F), dF and dK̃ have the same bits alone and in a batch.
 
-    On the 9×13 grid, images of a batch do not start at multiples of the length of a SIMD vector.
+    With the 9×13 grid, the images of a batch do not start in memory at multiples of the length of a SIMD vector.
     """
     f, a, bias, w, k, _, *of_dyt = made(7, b=3, dyt=dyt, dtype=dtype, d=16, channels=5, grid=grid)
     wide = k.dtype
@@ -184,7 +189,10 @@ def test_nan_stays_in_its_image_and_head(dyt):
 
 
 def test_parameters_may_be_wider_than_the_maps():
-    """A, a and W_Q are first rounded to the maps' dtype. Gradients are in the parameters' dtype."""
+    """A, a and W_Q in a wider dtype are first rounded to the maps' dtype.
+
+    Gradients of the parameters are in the parameters' dtype.
+    """
     f, a, bias, w, k, _, *of_dyt = made(9, dtype=torch.bfloat16, dyt=True)
     call = partial(results(4), backend="torch")
     narrow = results_and_gradients(call, [f, a, bias, w, k, *of_dyt])
@@ -197,9 +205,10 @@ def test_parameters_may_be_wider_than_the_maps():
 
 @pytest.mark.parametrize("dyt", [False, True])
 def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
-    """Peak memory is at most a quarter of the N×r probabilities of all heads of an image, which have 6 MiB here.
+    """Peak memory is at most a quarter of the memory for the N×r probabilities of all heads of one image, here 6 MiB.
 
-    With a backward pass, the memory of the gradients is added to this limit. The reference needs more than 6 MiB.
+    For the forward and backward passes together, the memory of the gradients is added to this limit. The reference
+    needs more than 6 MiB.
     """
     positions(monkeypatch, 64)
     f, a, bias, w, k, x, *of_dyt = made(10, b=2, heads=4, d=8, channels=6, grid=(96, 128), rank=32, dyt=dyt)

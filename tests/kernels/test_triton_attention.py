@@ -1,8 +1,9 @@
-"""Test Nyström attention by Triton kernels, on a GPU or in Triton's interpreter on the CPU.
+"""Test the Triton kernels of Nyström attention, on a GPU or in Triton's interpreter on the CPU.
 
 Values and gradients follow the rule of `srm_kernels.numerics`. A gradient can be a small difference of large terms.
-The rounding error of fp32 that the rule allows is therefore relative to the largest of Y and all gradients.
-Every output and workspace is filled with NaN, or with indices out of range, before a kernel writes to it.
+The 8 units of fp32 that the rule allows are therefore relative to the largest magnitude among Y and all gradients.
+Every output and workspace is filled with NaN, or with indices out of range, before a kernel writes to it. A kernel that
+leaves an element unwritten then gives a wrong result.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def poisoned():
 
 @pytest.fixture
 def divided(monkeypatch):
-    """Lower the limits, so that several programs share one (b, h) even with few tokens."""
+    """Lower the limits of tokens per program, so that several programs share one (b, h) even with few tokens."""
     divide(monkeypatch)
 
 
@@ -99,7 +100,7 @@ def value_and_gradients(
 def check(
     tensors: list[Tensor], landmarks: Tensor, found: list[Tensor], weight: Tensor, **options: Any
 ) -> None:
-    """Check Y, dQ, dK and dV with the numerics rule, for the given landmarks."""
+    """Check that Y, dQ, dK and dV in `found` follow the numerics rule. Expected results use the given landmarks."""
     tensors, landmarks, weight = [x.cpu() for x in tensors], landmarks.cpu(), weight.cpu()
     plain = value_and_gradients(lambda *x: oracle.plain_nystrom(*x, landmarks, **options), tensors, weight)
     exact = value_and_gradients(
@@ -166,7 +167,10 @@ def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split, pieces
     ],
 )
 def test_other_solvers(solver, equilibrate, divided, monkeypatch):
-    """Every solver agrees with the reference backend. A solver that has a kernel does not call torch.linalg."""
+    """Every solver agrees with the reference backend.
+
+    Without equilibration, `cholesky` and `lu` have kernels and do not call torch.linalg.
+    """
     tensors = inputs(1, nk=50)
     landmarks = select_landmarks(tensors[1], 12, method="uniform")
     weight = tokens(8, *tensors[0].shape).to(DEVICE)
@@ -208,10 +212,10 @@ EXTREMES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 @pytest.mark.parametrize("qk_norm", [None, "keys"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_are_finite_where_the_reference_is_and_right_there(name, qk_norm):
-    """The output is finite where the reference is finite, and correct there.
+    """The output is finite exactly where the reference is finite, and its finite values follow the numerics rule.
 
-    Every key is a landmark, because r = N_k. Some inputs are ill-conditioned, for instance equal keys that are not
-    normalised. Their error in the fp32 reference is large too, so that the rule allows a large error.
+    Every key is a landmark, because r = N_k. For some inputs the landmark system is ill-conditioned, for instance for
+    one huge key that is not normalised. The fp32 reference then has a large error, so the rule allows a large error.
     """
     tensors = inputs(2, nk=24)
     EXTREMES[name](*tensors)
@@ -228,8 +232,9 @@ def test_extremes_are_finite_where_the_reference_is_and_right_there(name, qk_nor
 def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
     """A matrix for which elimination without pivoting fails is eliminated with partial pivoting.
 
-    The keys are nearly equal and the ridge is far below the rounding error, so that pivots are noise of either sign.
-    With partial pivoting the residual is at most r eps. Results of the other matrices do not change.
+    In one (b, h), the keys are nearly equal and the ridge is far below the rounding error. Without pivoting, the pivots
+    are therefore rounding noise, which can be negative. With partial pivoting, the residual is at most r eps. The
+    results of the other matrices do not change.
     """
     _, k, v = inputs(3, nk=24, d=8)
     k[0, 1] *= 0.01
@@ -252,7 +257,7 @@ def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
 
 
 def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_solve():
-    """The matrix is that of the test above. The gradient dU = A⁻ᵀ dX has a small residual."""
+    """A is the matrix of the test above. The gradient dU solves Aᵀ dU = dX with a small residual."""
     _, k, v = inputs(3, nk=24, d=8)
     k[0, 1] *= 0.01
     landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
@@ -262,7 +267,7 @@ def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_
     _, dvalue = key_kernels.landmark_context_backward([torch.zeros_like(dx), dx], results, *arguments)
     logits = (k @ k.mT).double().cpu()
     matrix = oracle.system(logits, dx, 1e-12).matrix
-    # dV = Rᵀ A⁻ᵀ dX. Here R = W and A = W + λI with a tiny λ. Solving with Wᵀ therefore recovers A⁻ᵀ dX from dV.
+    # dV = Rᵀ dU. Every key is a landmark, so R = W, and solving with Wᵀ recovers dU from dV.
     solution = torch.linalg.solve(oracle.softmax(logits).mT, dvalue.double().cpu())
     residual = oracle.frobenius(matrix.mT @ solution - dx.double().cpu())
     assert (residual / oracle.frobenius(solution)).max() <= 1e-4
@@ -296,7 +301,7 @@ def test_an_index_out_of_range_gives_nan_in_its_head_alone():
     ("split", "dtype", "solver"),
     [
         *((split, dtype, "cholesky") for split in (False, True) for dtype in DTYPES),
-        (True, torch.float32, "lu"),  # other solvers use torch.linalg; its bits may depend on the batch
+        (True, torch.float32, "lu"),  # other solvers use torch.linalg, whose bits may depend on the batch
     ],
 )
 def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
@@ -319,7 +324,7 @@ def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
 
 @pytest.mark.parametrize("pieces", [False, True])
 def test_the_same_to_the_bit_every_time(pieces, divided, monkeypatch):
-    """Run 100 times on a GPU. In the interpreter programs run one after the other, so one repetition is enough."""
+    """Repeat 100 times on a GPU. In the interpreter, programs run one after the other, so one repetition is enough."""
     if pieces:
         take_pieces(monkeypatch)
     tensors = inputs(9, nq=70, nk=70)
@@ -331,10 +336,11 @@ def test_the_same_to_the_bit_every_time(pieces, divided, monkeypatch):
 
 
 def test_an_attacker_sees_the_same():
-    """PGD with 5 sign steps gives the same losses and the same ranking through the kernels and the reference.
+    """PGD with 5 sign steps gives the same losses, and the same ranking of images, with kernels and reference.
 
-    The tolerance is 1e-3 of the loss. Rounding can change the sign of a gradient component, which then steps the other
-    way. Such a component is below 1e-6 of the largest component, and so is its effect on the loss.
+    The relative tolerance of the losses is 1e-3. Rounding can change the sign of a gradient component near 0, and PGD
+    then changes this entry of the image in the other direction. Such a component is smaller than 1e-6 times the largest
+    component, so the changed step has little effect on the loss.
     """
     q, k, v, readout = (0.3 * tokens(s, 8, 8, dtype=torch.float32).to(DEVICE) for s in range(30, 34))
     images = tokens(34, 3, 1, 24, 8, dtype=torch.float32).to(DEVICE)
@@ -386,7 +392,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter_and_nothing_is_copied_for_them(layout, pieces, divided, monkeypatch):
-    """Inputs and the gradient of Y may have any strides. Kernels read tokens from the caller's memory, not a copy."""
+    """Inputs and the gradient of Y may have any strides. Kernels read the caller's tokens, not copies."""
     if pieces:
         take_pieces(monkeypatch)
     plain = inputs(11)
@@ -466,8 +472,8 @@ def test_offsets_pass_2_to_the_31():
 def test_a_large_mean_cancels_nothing_in_the_statistic(nq, divided):
     """The spread is accurate although the mean of X is 1000.
 
-    In fp32, the difference E[Y²] − E[Y]² would lose the spread. The tolerance is 1e-3 of the spread, because each
-    term of the spread is rounded to fp32 near 1000.
+    In fp32, the formula E[Y²] − E[Y]² would lose all digits of the spread. The relative tolerance of the spread is
+    1e-3, because each term of the spread contains the rounding error of a value near 1000.
     """
     q, k, _ = inputs(13, nq=nq)
     x = 1000 + tokens(14, 2, 2, 16, 24, dtype=torch.float32).to(DEVICE)
@@ -633,7 +639,7 @@ def test_compiles_without_graph_breaks(solver):
 
 
 class Layer(torch.nn.Module):
-    """Attention whose keys are multiplied by one trainable weight."""
+    """Attention whose keys are multiplied by a trainable matrix."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Test the landmark selection by Triton kernels, on a GPU or in Triton's interpreter on the CPU.
+"""Test the Triton kernels for landmark selection, on a GPU or in Triton's interpreter on the CPU.
 
-Scores follow the rule of `srm_kernels.numerics`.
-The score of a selected landmark may be at most 1e-4 below the best possible score.
+Scores follow the rule of `srm_kernels.numerics`. Rounding can change the order of nearly equal scores. The exact score
+of the i-th selected landmark may therefore differ from the i-th largest exact score by up to 1e-4.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def keys(seed: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> Tenso
     ("n", "d"), [(1, 8), (7, 24), (70, 40), (130, 59), (20, 64), (50, 64), (33, 64), (20, 32)]
 )
 def test_leverage_scores(n, d, dtype):
-    """Some cases have fewer keys than dimensions; their Gram matrix is positive definite only because of γ."""
+    """Some cases have fewer keys than dimensions, so KᵀK is singular, and only γ makes KᵀK + γI positive definite."""
     key = keys(n, n, d, dtype)
     found = ridge_leverage_scores(key, backend="triton").cpu()
     plain = ridge_leverage_scores(key.cpu(), backend="reference")
@@ -81,7 +81,10 @@ def test_the_largest_scores_in_descending_order(n, d, r, dtype):
     ("n", "r"), [(1, 1), (33, 9), (40, 40), (256, 64), (1000, 128), (1024, 5), (1025, 64), (2500, 17)]
 )
 def test_the_largest_are_those_of_a_stable_sort(n, r):
-    """The scores contain many ties, zeros, infinities, NaN and subnormal numbers. One row has equal scores only."""
+    """The scores contain many ties, zeros, infinities, NaN and subnormal numbers.
+
+    NaN counts as infinity. In one row, all scores are NaN and therefore equal.
+    """
     make = torch.Generator().manual_seed(n)
     scores = torch.rand(6, n, generator=make)
     scores[1] = torch.randint(0, 4, (n,), generator=make) / 4
@@ -107,7 +110,7 @@ def test_uniform_landmarks_are_those_of_the_reference(n, r):
 
 
 def test_ties_go_to_the_lower_index():
-    """Every key occurs twice. Both copies have the same score to the bit, so that the lower index comes first."""
+    """Every key occurs twice. Both copies have bitwise equal scores, so the copy with the lower index comes first."""
     key = keys(4, 20, 8).repeat(1, 1, 2, 1)
     found = select_landmarks(key, 40, backend="triton").cpu()
     assert torch.equal(found[..., 1::2], found[..., ::2] + 20)
@@ -116,7 +119,10 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "r"), [(30, 24, 30), (130, 8, 20)])
 def test_pivoted_cholesky_is_greedy(n, d, r, dtype):
-    """Every selected key has the largest residual diagonal. The test computes the residual in fp64."""
+    """Every selected key has the largest entry on the diagonal of the residual, within the tolerance.
+
+    The test computes the residual in fp64. The tolerance is 1e-4 times the largest entry, plus 1e-6.
+    """
     key = keys(5, n, d, dtype)
     found = select_landmarks(key, r, method="pivoted_cholesky", backend="triton").cpu()
     for row, tensor in zip(found.flatten(0, 1).tolist(), key.cpu().double().flatten(0, 1), strict=True):

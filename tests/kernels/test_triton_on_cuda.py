@@ -52,7 +52,7 @@ def test_nothing_waits_for_the_device(method, solver):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "d"), [(128, 128), (65, 64), (32, 128), (128, 8)])
 def test_the_largest_tiles_run_and_are_the_references(rank, d, dtype):
-    """The error is at most twice that of the reference in the same dtype, plus 32 eps of the largest entry."""
+    """The error is at most twice that of the reference in the same dtype, plus 32 eps times the largest exact entry."""
     draw = torch.Generator("cuda").manual_seed(0)
     tensors = [torch.randn(1, 2, n, d, generator=draw, device="cuda").to(dtype) for n in (300, 200, 200)]
     index = select_landmarks(tensors[1], rank, method="uniform")
@@ -108,7 +108,10 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_more_heads_than_a_grid_axis_holds():
-    """70,000 pairs (b, h) exceed 65,535, the limit of grid axes y and z. The first and the last result are correct."""
+    """The results of the first and the last of 70,000 pairs (b, h) are correct.
+
+    CUDA limits the size of grid axes y and z to 65,535.
+    """
     one = inputs(b=1, h=1, nq=16, nk=16)
     many = [x.expand(70_000, 1, -1, -1) for x in one]
     y = nystrom_attention(*many, 8, backend="triton")
@@ -131,7 +134,7 @@ def test_kernels_are_taken_by_name_and_by_none_not_yet(dtype):
 
 
 def test_landmarks_agree_with_the_reference_where_scores_do_not_tie():
-    """At least 99 % of the landmarks agree. At most 1 % of random keys have scores that tie within rounding."""
+    """At least 99 % of the landmarks agree, because at most 1 % of random keys have scores that tie within rounding."""
     key = torch.randn(4, 8, 1000, 32, device="cuda", dtype=torch.float32)
     for method in METHODS:
         found = select_landmarks(key, 32, method=method, backend="triton")
@@ -142,7 +145,7 @@ def test_landmarks_agree_with_the_reference_where_scores_do_not_tie():
 
 
 def test_memory_beyond_the_output_does_not_grow_with_the_queries():
-    """The extra memory is a few r (r + d) numbers per head, with 4,096 queries as with 65,536."""
+    """The extra memory is at most 16 r (r + d) fp32 numbers per head, for 4,096 queries and for 65,536."""
     extra = []
     for nq in (4096, 65_536):
         tensors = inputs(b=1, nq=nq)

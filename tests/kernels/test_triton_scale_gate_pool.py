@@ -1,4 +1,7 @@
-"""Test the Triton kernels of the RMS statistic, DyT, the gate, its losses and pooling by the rule of `kernel_rule`."""
+"""Test the Triton kernels of the RMS statistic, DyT, the loss of τ, the gate, its losses and pooling.
+
+Unless a test states another tolerance, `kernel_rule` checks the results with the numerics rule.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def test_rms_scale(shape, dtype):
 
 
 def test_a_large_mean_cancels_nothing():
-    """The input has mean 1e4 and deviation 1 in fp32. The same test of the reference has the same tolerance."""
+    """The fp32 input has mean 1e4 and standard deviation 1. The tolerances are those of test_scale_ops.py."""
     y = made(1, 3, 2, 500, 8) + 1e4
     mean, rms = rms_scale(y, backend="triton")
     exact = oracle.rms(y.cpu())
@@ -89,7 +92,10 @@ def test_dyt(shape, dtype):
 
 
 def test_dyt_keeps_small_numbers_relatively():
-    """The formula 1 − 2/(1 + e^{2x}) would round small x to 0. The relative error of each entry is at most 4 eps."""
+    """The relative error of tanh is at most 4 eps for each entry, also for small x.
+
+    The formula tanh x = 1 − 2/(1 + e^{2x}) would round the result to 0 for small x.
+    """
     x = torch.logspace(-20, 1.2, 800, device=DEVICE).repeat(2, 1) * torch.tensor(
         [[1.0], [-1.0]], device=DEVICE
     )
@@ -124,7 +130,7 @@ def test_tau_loss(links, heads, dtype):
 
 
 def test_any_strides():
-    """On a GPU the order of summation may depend on the strides, so that the last bits may differ."""
+    """Results follow the numerics rule. On a GPU, strides may change the order of summation, and so the last bits."""
     x, weight, bias, alpha = made(8, 2, 24, 15), made(9, 24), made(10, 24), made(11, 1)
     follow_the_rule(dyt, [x.mT, alpha, weight, bias])
     follow_the_rule(dyt, [made(12, 2, 24, 3, 5).movedim(1, -1), alpha, weight, bias])
@@ -208,7 +214,7 @@ def test_the_gate_reads_any_strides_and_an_image_alone_is_the_same_to_the_bit():
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("stages", [1, 3, 4])
 def test_gated_fusion(stages, cap, dtype):
-    """The cap scales down only some of the images, by a factor of up to 10."""
+    """The scales of the three images are 0.1, 1 and 10, so a cap of 5 scales down only some of them."""
     maps = (
         made(17, 3, stages, 6, 5, 4, dtype=torch.float64)
         * torch.logspace(-1, 1, 3, device=DEVICE)[:, None, None, None, None]
@@ -247,7 +253,7 @@ def test_a_caps_factor_is_part_of_it():
     constant=st.booleans(),
 )
 def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, constant):
-    """In half precision the norm is at most the cap. In fp32 it may exceed the cap by a relative 1e-6 from rounding."""
+    """In half precision the norm is at most the cap. In fp32, rounding may make it up to 1 + 1e-6 times the cap."""
     scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)  # only normal numbers of fp16
     maps = made(seed, 2, 3, 8, 4, 4, dtype=torch.float64, scale=scale)
     if constant:  # every entry rounds the same way

@@ -1,8 +1,8 @@
-"""Compare the Triton solve with the reference: values, gradients and the solver that was used.
+"""Compare the Triton kernels of the landmark solve with the reference: values, gradients and the solver that was used.
 
-The tests run on a GPU or in Triton's interpreter. Errors of L·X and of the gradients are measured against fp64. Their
-bounds are multiples of the error of plain PyTorch in fp32. The matrices are small, because the interpreter takes about
-one second per matrix.
+The tests run on a GPU or in Triton's interpreter. Errors of L·X and of the gradients are measured against fp64. Each
+bound is a multiple of the error of plain PyTorch in fp32, plus a multiple of eps times the largest exact value. The
+matrices are small, because the interpreter takes about one second per matrix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from srm_kernels.conditioning import SOLVERS_OF_KERNELS
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy in the interpreter: 1/0 in a masked lane
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy: 1/0 in masked lanes of the interpreter
     pytest.mark.skipif(not backends()["triton"].available, reason="neither a GPU nor the interpreter"),
 ]
 
@@ -40,7 +40,7 @@ def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tens
 def run(
     logits: Tensor, rhs: Tensor, backend: str, grad: Tensor | None = None, **options: Any
 ) -> list[Tensor]:
-    """Return X, the solver that was used and, if `grad` is given, both gradients."""
+    """Return X and the solver that was used; if `grad` is given, also the gradients of `logits` and `rhs`."""
     device = DEVICE if backend == "triton" else "cpu"
     inputs = [t.detach().clone().to(device).requires_grad_(grad is not None) for t in (logits, rhs)]
     found = landmark_solve(*inputs, backend=backend, diagnostics=True, **options)
@@ -116,7 +116,7 @@ def test_pivoting_finds_the_pivot():
 
 @pytest.mark.parametrize("apart", [0, 1])
 def test_no_ridge_and_duplicates_are_nan(apart):
-    """With `apart=1` two rows differ only by rounding errors, so that the last pivot is tiny instead of zero."""
+    """With `apart=1`, two rows differ by only a few rounding errors, so the last pivot is tiny instead of zero."""
     logits, rhs = problem(7, 12)
     logits[1, 0] += apart * 4e-6 * torch.linspace(-1, 1, 7)
     plain = landmark_solve(logits, rhs, solver="lu", ridge=0.0, backend="reference").x
@@ -161,7 +161,7 @@ def test_strides_leading_axes_and_half_precision():
 
 
 def test_it_is_launched_on_the_device_of_its_tensors(monkeypatch):
-    """Triton launches on the current device. Forward and backward both switch to the device of their tensors."""
+    """Triton launches on the current device, so forward and backward both switch to the device of their tensors."""
     from srm_kernels.conditioning import kernels
 
     entered = []
@@ -223,7 +223,10 @@ def test_it_is_a_registered_operator():
 
 @pytest.mark.parametrize("kind", ["graded", "outlier"])
 def test_elimination_needs_no_range(kind):
-    """Logarithms of row sums differ by more than 88, near the limit of fp32. The backward error is at most 8 eps."""
+    """The backward error is at most 8 eps, although row sums of exp(logits) can differ by a factor above e⁸⁸.
+
+    The number e⁸⁸ is near the largest number of fp32.
+    """
     for r in (2, 7):
         keys = tokens(100 * r, 2, r, 16) * math.sqrt(0.3)
         if kind == "graded":

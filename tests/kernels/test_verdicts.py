@@ -80,7 +80,10 @@ def test_two_names_of_one_file_are_told_apart():
 
 
 def nested(levels: int) -> dict:
-    """Return nested dictionaries. The JSON parser accepts some depths at which recursive checks fail."""
+    """Return nested dictionaries.
+
+    The JSON parser accepts some depths at which the recursive checks of its result exceed the recursion limit.
+    """
     value: dict = {}
     for _ in range(levels):
         value = {"a": value}

@@ -96,7 +96,7 @@ def test_cases_are_what_explain_names_and_sizes_need_no_numbers():
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.label)
 def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
-    """One sample alone gives the same results as in a batch. The reference is used instead of kernels."""
+    """A sample gives the same results alone and in a batch. The calls run the reference instead of kernels."""
     case = Case(operator, "fp32", "tiny")
     inputs = case.inputs()
     axes = operator.inputs[: len(inputs)]
@@ -122,7 +122,7 @@ def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
 
 
 def plain_case(change: Callable[[Any], Any] = lambda x: x, name: str = "dyt") -> Case:
-    """Return a case whose "triton" backend is the reference, with `change` applied to the result."""
+    """Return a case whose "triton" backend runs the reference and applies `change` to the result."""
     operator, *_ = [one for one in OPERATORS if one.name == name]
 
     def call(s: Any) -> Callable[..., Any]:
@@ -196,7 +196,10 @@ def test_what_is_wrong_is_found_and_named(name: str):
 
 
 def test_a_statistic_that_is_accurate_by_luck_is_judged_by_other_inputs_too():
-    """With an input of ones, plain PyTorch in bf16 has no error. Other inputs show its typical error."""
+    """With an input of ones, plain PyTorch in bf16 is exact by chance, so the bound is too small.
+
+    With other inputs, plain PyTorch shows its typical error.
+    """
 
     def call(x: Tensor) -> Tensor:
         return (x if x.dtype == torch.float64 else x.bfloat16().to(x.dtype)).sum(0)
@@ -488,7 +491,10 @@ def test_a_narrower_run_after_an_interrupted_one_finishes_what_it_measures(wide:
 
 @pytest.mark.parametrize("status", ["error", "wrong"])
 def test_a_fault_at_another_shape_counts_and_is_tried_again(status: str, monkeypatch, capsys):
-    """A full run finds a fault and is interrupted. A quick run follows."""
+    """A full run finds a fault at shape "large" and is interrupted. A quick run, which omits this shape, follows.
+
+    The quick run still reports the fault. It runs the case again if the status is "error", but not if it is "wrong".
+    """
 
     def interrupted(request: dict[str, Any]) -> dict[str, Any]:
         if request["part"] == "right" and (request["operator"], request["shape"]) == ("dyt", "large"):
@@ -612,7 +618,7 @@ def test_rows_as_json_are_those_of_the_export(tmp_path: Path, monkeypatch, capsy
 
 @pytest.fixture
 def handler(number: signal.Signals, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Set a signal's handler before the command runs, because tests that run under nohup ignore SIGHUP."""
+    """Set a signal's handler before the command runs. Under nohup, the tests would otherwise ignore SIGHUP."""
     before = signal.signal(number, request.param)
     yield request.param
     signal.signal(number, before)
@@ -741,7 +747,10 @@ def test_a_child_that_hangs_is_ended_with_those_it_started(child_code, tmp_path)
 
 
 def runs(command: Path) -> bool:
-    """Return whether a process is alive. A dead process has no command line, and that of a zombie is empty."""
+    """Return whether a process is alive, from its file /proc/PID/cmdline.
+
+    The file of a dead process does not exist, and the file of a zombie is empty.
+    """
     try:
         return bool(command.read_bytes())
     except (FileNotFoundError, ProcessLookupError):

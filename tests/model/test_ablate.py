@@ -1,4 +1,4 @@
-"""Tests of a study from its file to tables and figures. A second call only runs what is missing."""
+"""Tests of a study, from its file to its tables and figures. A second call runs only what is missing."""
 
 from __future__ import annotations
 
@@ -133,10 +133,15 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
-    # Clean: two necks and two variants on two seeds, and one variant on one seed. Attack: one budget for each of
-    # these, and the L2 budget of the last variant also for the full neck. Audit: both necks, one swap and one variant,
-    # on one seed. Stronger: two models, on the one seed that both have. Sweep: two necks on two seeds. Transfer: one
-    # pair of models per seed.
+    # Where the counts come from:
+    # - clean: two necks and two variants on two seeds, and one variant on one seed
+    # - diagnostics: every clean model with an SRM neck
+    # - attack: one budget for each clean model; for the full neck, also the L2 budget of the last variant, on two seeds
+    # - swap: two swaps on two seeds
+    # - audit: both necks, one swap and one variant, on one seed
+    # - stronger: two models, on the one seed that both have
+    # - sweep: two necks on two seeds
+    # - transfer: one pair of models for each seed
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
@@ -291,7 +296,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
     code, names, _ = ablate(tmp_path / "new", "--list")
     assert code == 0
     assert not (tmp_path / "new").exists()
-    assert names == ablate(out, "--list")[1]  # the list does not depend on what is done
+    assert names == ablate(out, "--list")[1]  # the list does not depend on which jobs are done
     assert len(set(names)) == len(names) == 41
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
     trained, diagnosed = (
@@ -320,7 +325,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
         for folder in (new, out)
     )
     assert own == first
-    assert len(read_json(new / "run.json")["command"]) == 1  # one command for all jobs of an array
+    assert len(read_json(new / "run.json")["command"]) == 1  # all jobs of a job array share one command
     code, shown, told = ablate(new, "--job", "train-nothing")
     assert (code, shown) == (2, [])
     assert told == (
@@ -584,10 +589,10 @@ def test_the_experiments_tables_are_those_of_their_rows():
 
 
 def test_the_experiments_page_has_the_figures_of_its_rows():
-    """The page has the mean and standard deviation over three seeds, for clean images and every attacked budget.
+    """The page has the mean and standard deviation of the SROCC over three seeds, for clean images and every budget.
 
-    The summary table has the first columns of most models. Another table has each seed of the adversarially trained
-    models.
+    For most models, the summary table repeats the first three of these columns. Another table has the SROCC of each
+    seed of the adversarially trained models, at the first two budgets.
     """
     records = Records(EXPERIMENTS / "robustness")
     page = (EXPERIMENTS / "README.md").read_text()
@@ -707,7 +712,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
         assert marked - {"full SRM"} <= highest
         assert marked & highest
     assert "<strong>full SRM</strong>" in page
-    # One variant has only one seed. Its difference is taken from the full neck of the same seed.
+    # One variant has only one seed. Its difference is relative to the full neck with the same seed.
     srocc = {
         (line["identity"]["variant"], line["identity"]["seed"]): line["values"]["srocc"]
         for line in Records(out).of("clean")

@@ -172,7 +172,8 @@ def test_a_size_below_the_deepest_stride_is_refused_when_the_model_is_built():
 def test_an_index_that_only_real_tensors_find_out_of_range_is_one_sentence():
     """An image size that MViT cannot take gives one clear error.
 
-    MViT indexes position tables by the size. Only a pass with real tensors, not with meta tensors, finds a wrong index.
+    MViT indexes its position tables by the image size. A pass with meta tensors does not find an index that is out of
+    range; a pass with real tensors does.
     """
     with pytest.raises(
         ValueError, match="image_size 100: the backbone 'mvitv2_tiny' cannot take images of this size"

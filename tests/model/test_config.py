@@ -45,7 +45,7 @@ def test_its_backends_are_those_of_the_operators():
 
 @pytest.mark.parametrize("field", REGISTERED)
 def test_registered_fields_take_what_is_registered_and_nothing_else(field):
-    """The default is not checked against the registered names, so this test checks that they include it."""
+    """`SRMConfig` does not check defaults, so this test checks that the registered names include the default."""
     assert REGISTERED[field] == getattr(SRMConfig, field)
     assert REGISTERED[field] in registered(field)
     for name in registered(field):
@@ -151,7 +151,7 @@ def test_numpys_scalars_are_kept_as_pythons():
 def test_a_config_of_the_last_release_names_the_backend_anew():
     """A renamed backend is accepted with a warning.
 
-    `from_dict` and `replace` handle the values from config.json, `--set` and `--backend`.
+    The test covers `from_dict` and `replace`, which get the values of config.json, `--set` and `--backend`.
     """
     checks._warn_renamed.cache_clear()
     with pytest.warns(FutureWarning, match="now called 'torch'"):

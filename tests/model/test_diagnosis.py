@@ -44,7 +44,7 @@ def found(model: Any, batches: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def test_rows_and_matrices(found):
-    """Three links, two heads and three images give 18 systems in every row of Table 1."""
+    """Three links, two heads and three images give 18 matrices in every row of Table 1."""
     assert list(found["table"]) == list(table_rows(SMALL))
     assert set(found["table"]) >= {
         "full",
@@ -120,7 +120,10 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row):
-    """κ and the error of all links match the operator with one setting changed. Without fp32, the inputs are bf16."""
+    """κ and the error of all links match the operator with one setting changed.
+
+    For the row "no fp32", the inputs of the operator are bf16.
+    """
     neck, settings = model.neck, {"method": "uniform", "qk_norm": "keys", **ROWS[row]}
     kappas, errors = [], []
     with torch.no_grad():
@@ -136,7 +139,7 @@ def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row
                 kappas.append(solution.kappa.flatten().double())
                 errors.append(((y.float() - exact).flatten(2).norm(dim=-1) / norm).flatten())
     for name, values in (("kappa", torch.cat(kappas)), ("error", torch.cat(errors))):
-        ordered = values.sort().values.tolist()  # 18 of them
+        ordered = values.sort().values.tolist()  # 18 values
         told = found["table"][row][name]
         assert [told[q] for q in ("median", "p90", "max")] == pytest.approx(
             [ordered[n] for n in (9, 16, 17)], rel=1e-3
@@ -157,7 +160,7 @@ def test_errors_by_method_and_rank(found):
 
 
 def test_landmark_sets_that_a_small_step_changes(model, batches, found):
-    """The share of changed landmark sets matches a count over 12 sets: three links, two heads and two images."""
+    """The share of landmark sets that change matches a direct count over 12 sets (3 links × 2 heads × 2 images)."""
     seen: list[torch.Tensor] = []
     images = batches[0]
     signs = 2.0 * torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
@@ -194,7 +197,8 @@ def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
     assert "a &lt;checkpoint&gt;" in page
     for name in found["table"]:
         assert name in page
-    drawn = {entry["method"] for entry in found["landmarks"]}  # methods that draw no random numbers
+    # Only the landmarks of methods that draw no random numbers are drawn.
+    drawn = {entry["method"] for entry in found["landmarks"]}
     assert drawn >= {"leverage", "uniform", "pivoted_cholesky"}
     assert "kmeans++" not in drawn
     assert page.count("<figure") == 3 + 2 * 3 * len(drawn)  # three charts; two images, three links
@@ -204,7 +208,7 @@ def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
 
 
 def test_no_more_landmarks_are_told_than_there_are_keys(batches):
-    """An image of 128×128 pixels has 16 keys, fewer than the rank of 64."""
+    """An image of 128×128 pixels has only 16 keys. With a rank of 64, the page therefore reports 16 landmarks."""
     many = build_model("test_convnext", config=SMALL.replace(rank=64))
     found = diagnose(many, batches[1:], pictured=0)
     assert {link["rank"] for link in found["links"].values()} == {16}

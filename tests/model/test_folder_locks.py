@@ -1,6 +1,6 @@
 """Tests of the locks on folders that commands write to.
 
-A second command is refused until the first one ends, even if the first one is killed.
+A second command is refused until the first one ends. If the first one is killed, its lock ends with it.
 """
 
 from __future__ import annotations
@@ -193,7 +193,10 @@ def test_a_refusal_leaves_nothing_behind(
 
 
 def test_an_attack_of_a_model_that_fails_leaves_nothing_behind(run_folder: Path, noise_set: Path):
-    """The error appears only when the model runs. The folder of unfinished batches must not remain."""
+    """The scores are NaN, which is found only when the model runs.
+
+    The attack has then already created a folder for unfinished batches, which must not remain.
+    """
     model, _ = load_model(run_folder / "srm")
     with torch.no_grad():
         next(model.head.parameters()).fill_(float("nan"))
@@ -239,7 +242,7 @@ def test_a_link_to_nowhere_is_no_folder_and_ends(tmp_path: Path):
 
 
 def test_many_processes_share_a_folder_and_none_is_refused(tmp_path: Path):
-    """Processes take and release the lock at any time, so some open the lock file while it is removed."""
+    """Processes take and release the lock at any time, so some open the lock file while another process removes it."""
     refused, folder = FORK.Value("i", 0), tmp_path / "new"
 
     def come_and_go() -> None:

@@ -52,7 +52,10 @@ def make_neck(config: SRMConfig, grids=SQUARE, channels=CHANNELS, seed: int = 0)
 
 
 def check(neck: SRMNeck, pyramid: list[Tensor], dtype: torch.dtype | None = None) -> None:
-    """Check a training step within the bounds of `bench.neck_numerics`. `dtype` is the dtype of autocast, or None."""
+    """Check that the errors of a training step are within the bounds of `bench.neck_numerics`.
+
+    `dtype` is the dtype of autocast. If it is None, autocast is off.
+    """
     assert by_kernels(neck).pools(pyramid)
     wrong = {name: r for name, r in neck_numerics.ratios(neck, pyramid, dtype).items() if not r <= 1}
     assert wrong == {}
@@ -86,12 +89,15 @@ def test_a_training_step_is_that_of_the_reference(name, dtype):
 
 
 def test_a_rank_beyond_the_kernels_is_that_of_the_keys_there_are():
-    """The rank is 200, but there are 4 keys. The kernels and the reference both use 4 landmarks."""
+    """The rank is 200, but there are only 4 keys. The kernels and the reference both use 4 landmarks."""
     check(make_neck(TINY.replace(rank=200, links=((4, 1),), dyt=False)), make_pyramid(1, SQUARE))
 
 
 def test_a_grid_beyond_the_fused_kernels_takes_the_unfused_ones():
-    """The pooled form has no kernels for P = 33. The neck then computes its links one by one, without an error."""
+    """The pooled form has no kernels for `pool_size` = 33.
+
+    The neck then computes its links one by one, without an error.
+    """
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), pool_size=33)).eval())
     assert not neck.pools(make_pyramid(1, SQUARE))
 
@@ -104,7 +110,10 @@ def test_tokens_beyond_the_fused_kernels_take_the_unfused_ones():
 
 
 def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pytest.MonkeyPatch):
-    """Under autocast, its dtype decides and not the dtype of the maps. Some sizes are supported in bf16 only."""
+    """Under autocast, the dtype of autocast and not that of the maps decides whether the neck uses the pooled form.
+
+    The dtype matters, because some sizes are supported only in bf16.
+    """
     asked = []
     neck, pyramid = by_kernels(make_neck(TINY)), make_pyramid(1, SQUARE)
     monkeypatch.setattr(
@@ -121,7 +130,8 @@ def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pyt
 def test_the_cap_holds_for_maps_of_any_scale(scale, dtype):
     """‖fused‖_F is at most the cap after rounding.
 
-    The cap is half the median norm for maps of scale 1. For maps of scale 1e-4, the biases dominate.
+    The cap is half the median norm for maps of scale 1. For maps of scale 1e-4, the biases dominate ‖fused‖_F,
+    which may then be below the cap.
     """
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))).eval()
     with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
@@ -133,9 +143,9 @@ def test_the_cap_holds_for_maps_of_any_scale(scale, dtype):
 
 
 def test_backends_change_between_training_and_evaluation():
-    """A neck trained by the kernels and one trained by the reference agree.
+    """A neck trained with the kernels and one trained with the reference give the same maps.
 
-    Each is evaluated with both backends, with a relative tolerance of 1e-4.
+    Each neck is evaluated with both backends. The tolerance is 1e-4 of the largest entry.
     """
     config, pyramid = TINY.replace(links=((4, 1),)), make_pyramid(2, SQUARE)
     neck = make_neck(config)
@@ -173,10 +183,10 @@ def test_under_autocast(dtype, dyt):
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_the_default_schedule_takes_twelve_launches(dyt, dtype):
-    """A forward pass takes at most 12 launches, without the six convolutions of the gate.
+    """A forward pass takes at most 12 launches, not counting the six convolutions of the gate.
 
-    Autocast takes two more launches if maps and weights are in fp32: it casts the operands of products before the
-    links, and again before the gate.
+    Autocast adds two launches if maps and weights are in fp32: one casts the operands of products before the links, and
+    the other before the gate.
     """
     neck, maps = forward_of(dyt=dyt)
     assert neck.config.links == SRMConfig().links
@@ -218,13 +228,16 @@ def test_compiled_and_checkpointed_it_is_the_same():
 def summed(out: NeckOutput) -> Tensor:
     """Return a loss whose backward pass needs tensors computed after the neck.
 
-    A repeated forward pass therefore runs the whole neck.
+    The repeated forward pass of gradient checkpointing therefore runs the whole neck and does not stop before its end.
     """
     return (out.fused * out.fused.detach().cos()).sum() + sum(out.losses.values())
 
 
 def trained(neck: SRMNeck, passes: list[list[Tensor]], call: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Return the gradients and buffers after a forward and a backward pass in training mode for each of `passes`."""
+    """Run a forward and a backward pass in training mode for each pyramid in `passes`.
+
+    Return the gradients and buffers after the last pass.
+    """
     neck.zero_grad()
     maps = [[m.clone().requires_grad_() for m in pyramid] for pyramid in passes]
     for number, pyramid in enumerate(maps):
@@ -241,8 +254,9 @@ def trained(neck: SRMNeck, passes: list[list[Tensor]], call: Callable[..., Tenso
 def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt):
     """Gradients and buffers after three steps are bitwise equal with and without gradient checkpointing.
 
-    The cap is active, keys are sampled and sometimes pooled, and the maps are computed inside the checkpoint. The
-    repeated pass must draw the same random numbers, track nothing, and use the same σ̄ and M₀ as the first pass.
+    The cap is active, landmarks are sampled, keys are sometimes pooled, and the maps are computed inside the
+    checkpoint. The repeated pass must draw the same random numbers and use the same σ̄ and M₀ as the first pass, and it
+    must not update σ̄ and M₀ again.
     """
     config = TINY.replace(
         links=((4, 1),), dyt=dyt, gain_cap=0.5, ema=0.5, landmarks="leverage_sample", kv_pool_prob=0.5
@@ -268,11 +282,11 @@ def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt)
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_another_pass_than_the_last_is_not_taken_again(reentrant):
-    """Two training passes before one backward pass are refused.
+    """With gradient checkpointing, two training passes before one backward pass are refused on a CPU.
 
-    If each pass has finished statistics, gradients are bitwise equal with and without gradient checkpointing.
-    Reentrant checkpointing sums the gradients of a shared weight in another order. Parameter gradients are then
-    compared with a tolerance.
+    They are accepted if the statistics of each pass were finished before. Gradients are then bitwise equal with and
+    without checkpointing. There is one exception: reentrant checkpointing sums the gradients of a weight over the two
+    passes in another order, so that the gradients of parameters are compared with a tolerance.
     """
     neck = make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))
     batches = [make_pyramid(2, SQUARE, seed=seed) for seed in range(2)]
@@ -310,7 +324,7 @@ def test_another_pass_than_the_last_is_not_taken_again(reentrant):
 def test_a_checkpointed_training_step_with_finished_statistics_is_the_same(kernels_serve):
     """With finished statistics and an active cap, gradient checkpointing gives bitwise equal gradients.
 
-    Compiled steps are equal up to rounding. σ̄ and M₀ do not change before `track`.
+    The gradients of compiled steps are equal up to rounding. At the end, `track` updates M₀.
     """
     neck = make_neck(TINY.replace(links=((4, 1),), dyt=False, gain_cap=0.5))
     neck = by_kernels(neck) if kernels_serve else neck
@@ -358,7 +372,7 @@ def test_the_pyramid_on_request_agrees_with_the_fused_path():
 def test_three_steps_of_training_follow_the_reference():
     """Losses agree with a relative tolerance of 1e-4.
 
-    AdamW divides by gradients, so it amplifies the rounding errors of small gradients.
+    AdamW divides each gradient by its recent magnitude, so it amplifies the rounding errors of small gradients.
     """
     config = TINY.replace(links=((4, 1),))
     losses = []
@@ -409,7 +423,7 @@ def test_a_training_run_ends_where_the_references_does(monkeypatch: pytest.Monke
 
 
 def test_micro_batches_give_the_statistic_of_the_whole_batch():
-    """σ̄ and M₀ from two halves by the kernels equal those from the whole batch by the reference."""
+    """σ̄ and M₀ of the kernels on two halves of a batch equal those of the reference on the whole batch."""
     config = TINY.replace(links=((4, 1),), dyt=False)
     neck, pyramid = make_neck(config), make_pyramid(4, SQUARE)
     with torch.no_grad():
@@ -430,8 +444,9 @@ def test_micro_batches_give_the_statistic_of_the_whole_batch():
 def test_what_a_training_step_keeps_is_maps_the_key_side_and_the_grid(dtype, layout, dyt):
     """Of stage 1, a training step saves only the input map, which has three channels.
 
-    This also holds under autocast with maps in its dtype. Stage 1 has 32×24 positions and 16 aligned channels. All
-    other saved tensors together, including cast weights, are smaller than half of T of stage 1.
+    This also holds under autocast if the maps have the dtype of autocast. After its alignment, the map of stage 1 has
+    32×24 positions and 16 channels. All other saved tensors together, including cast weights, are smaller than half of
+    this aligned map.
     """
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), dyt=dyt)))
     pyramid = make_pyramid(1, [(32, 24), (2, 2), (2, 2), (2, 2)])

@@ -1,4 +1,4 @@
-"""Tests of the fused neck that need a CUDA device. They are skipped without one."""
+"""Test the fused neck on a CUDA device. Without a CUDA device, these tests are skipped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def neck(dtype: torch.dtype = torch.bfloat16, backend: str | None = "triton", **
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_by_the_rule(dtype, dyt):
-    """The error is at most twice that of the reference in the same dtype, plus 64 eps in fp32 (2 eps in others).
+    """Check that the error is at most twice the reference's error in the same dtype, plus a few units of rounding.
+
+    Both errors are differences from the reference in fp64. A unit is the machine epsilon of the tested dtype times the
+    largest absolute value of the exact result. The bound allows 64 units in fp32, and 2 units in bf16 and fp16.
 
     All 64 keys of stage 4 are landmarks, so the choice of landmarks does not depend on rounding.
     """
@@ -96,12 +99,13 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_forward_takes_no_memory_of_full_resolution(dyt):
-    """Peak memory above the inputs is at most 1.1 times the size of the tensors that must be alive.
+    """Check that the peak memory of a forward pass is at most 1.1 times the size of the tensors that must be alive.
 
-    K̃ and X of every link are alive until the end. At the beginning, three more tensors are alive: K, V, and the aligned
-    map A F of the source. At the end, P̄ and pool(F) are alive. Without DyT, G is alive too. G is the product of K̃ and
-    the query weights. The extra tenth of the memory is for indices, logsumexps and workspaces. This tenth is too small
-    for any map at full resolution. The smallest such map has the tokens of stage 3.
+    Peak memory does not include the maps and weights, which are allocated before the forward pass. K̃ and X of every
+    link are alive until the end. At the beginning, K and V of every link and the aligned map A F of the source stage
+    are alive too. At the end, P̄ and pool(F) are alive instead. Without DyT, G is also alive at the end; G is the
+    product of K̃, the query weights and the alignment weights. One tenth is added for indices, logsumexps and
+    workspaces. Even the smallest aligned map of a target stage, that of stage 3, is larger than this tenth.
     """
     B, L, H, r, d, P, keys = 4, 3, 8, 64, 32, 8, 16 * 16
     C, channels = H * d, sum(CHANNELS[:3])
@@ -122,7 +126,10 @@ def test_forward_takes_no_memory_of_full_resolution(dyt):
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_two_hundred_steps_end_where_the_references_do(dyt):
-    """Losses and the final SROCC agree within the tolerances of `training_run`, in fp32 and from the same seed."""
+    """Check that trainings with Triton and with the reference have about the same losses and the same final SROCC.
+
+    Both trainings use fp32 and the same seed. The tolerances are those of the module `training_run`.
+    """
     found, plain = (
         training_run(
             backend, SRMConfig(dyt=dyt), CHANNELS, steps=200, side=64, device="cuda", lr=2e-4, batch=4
@@ -134,7 +141,7 @@ def test_two_hundred_steps_end_where_the_references_do(dyt):
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_launches_of_a_forward_pass(dyt):
-    """The default links take at most 12 launches, without the convolutions of the gate."""
+    """Check that a neck with the default links needs at most 12 launches, plus the convolutions of the gate."""
     module, maps = neck(dyt=dyt), pyramid(side=128)
 
     def launches(call) -> int:

@@ -1,4 +1,7 @@
-"""Tests of the errors of `Graphed`. test_fused_neck_on_cuda.py tests that a graph gives the results of the neck."""
+"""Test the errors of the class `Graphed`.
+
+`test_fused_neck_on_cuda.py` tests that a graph gives the results of the neck.
+"""
 
 from __future__ import annotations
 

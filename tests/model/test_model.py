@@ -1,4 +1,4 @@
-"""Tests of the model: invariance to batch and padding, gradients with respect to pixels, and checkpoints."""
+"""Test the model: scores do not depend on the other images of a batch, gradients reach the pixels, checkpoints load."""
 
 from __future__ import annotations
 

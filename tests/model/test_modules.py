@@ -1,4 +1,4 @@
-"""Test `rounded`, which casts several tensors in one launch with the results of `Tensor.to`, and `autocast_dtype`."""
+"""Test `autocast_dtype`, and test that `rounded` casts several tensors exactly as `Tensor.to` casts each of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def tensors() -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_it_is_a_cast_of_each_to_the_bit(dtype):
-    """Compare values, overflow, strides, gradients and a second derivative with `Tensor.to`. One result is not used."""
+    """Compare values, overflow, strides, gradients and a second derivative with those of `Tensor.to`.
+
+    The loss does not use the third result, so the backward pass gets no gradient for this result.
+    """
     found, expected = tensors(), tensors()
     results = rounded(found, dtype), [t.to(dtype) for t in expected]
     for one, other in zip(*results, strict=True):

@@ -1,8 +1,9 @@
 """Test that the weights of an earlier version of the neck load and give the same outputs and gradients as before.
 
-`fixtures/old_neck.safetensors` was written when the neck was one module. It holds a state dict of seeded weights and a
-pyramid. For each attention, in fp32 and in fp64, it also holds the outputs of the neck and the gradients of
-Σ fused·cos(fused) with respect to the pyramid, where cos(fused) is a constant.
+The file `fixtures/old_neck.safetensors` was written when the neck was a single Python file. It holds a state dict of
+seeded weights and a pyramid. For each `attention` ("nystrom" and "full"), in fp32 and in fp64, it also holds the
+outputs of the neck, and the gradients of a loss with respect to the pyramid. The loss is Σ fused·cos(fused), where
+cos(fused) is detached.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ OUTPUTS = ("fused", "weights", "gain", "norm", "losses")
 
 
 def part(name: str) -> dict[str, Tensor]:
-    """Return the tensors of the file whose names begin with `name` and a dot, without this prefix."""
+    """Return the tensors whose names in the file begin with `name` and a dot. The returned names lack this prefix."""
     with safe_open(FILE, "pt") as file:
         return {
             key.removeprefix(f"{name}."): file.get_tensor(key)

@@ -107,7 +107,10 @@ def test_training_takes_the_model_itself(tmp_path):
 
 
 def test_attributes_are_read_through_wrappers():
-    """Without these attributes, an attack would treat a stochastic model as deterministic."""
+    """Check that `stochastic` and the fingerprint of a wrapped model are those of the model inside.
+
+    If `stochastic` were not found, an attack would treat a stochastic model as deterministic.
+    """
     model = made(config=CONFIG.replace(kv_pool_prob=0.5, kv_pool_eval=True))
     for wrapper in ("torch.compile", "DataParallel", "AveragedModel"):
         wrapped = WRAPPERS[wrapper](model)
@@ -185,7 +188,10 @@ def test_a_model_built_on_meta_is_whole_once_its_weights_are_loaded(backbone, in
 
 
 class LoRA(nn.Module):
-    """An adapter in the style of PEFT. It has the weight of the base layer, and adds its own term to the output."""
+    """An adapter in the style of PEFT: it adds its own term to the output of a base layer.
+
+    Its attribute `weight` is the weight of the base layer, so code that only reads `weight` misses the term.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """Test that links in the pooled form give the same results as links called one by one.
 
-The neck calls its links one by one if it must return the full-resolution pyramid. The tolerance is the rule of
-`srm_kernels.numerics`: called links in fp64 are the exact result, and called links in the tested dtype are the plain
-result. The landmarks of every case are all keys or every n-th key, so that rounding cannot change them.
+With `return_pyramid=True`, the neck calls its links one by one. The tolerance is the rule of `srm_kernels.numerics`. In
+this rule, the exact result and the result of plain PyTorch both come from links called one by one: the exact result in
+fp64, the other result in fp32. In every case, the landmarks are all keys or evenly spaced keys, so rounding cannot
+change them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,12 @@ def make_neck(config: SRMConfig) -> SRMNeck:
 
 
 def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -> tuple[Step, Step]:
-    """Run a training step whose loss has random signs. Return values with the buffers after the step, and gradients."""
+    """Run a forward and a backward pass on a copy of the neck, and return (values, gradients).
+
+    The loss is the sum of the elements of `fused` with random signs (seed `draw`), plus the losses of the neck. The
+    values are the outputs, the losses, and the buffers after the forward pass. With `called`, links are called one by
+    one.
+    """
     neck = copy.deepcopy(neck)
     maps = [m.clone().requires_grad_() for m in pyramid]
     out = neck(maps, return_pyramid=called)
@@ -65,7 +71,7 @@ def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -
     values = {"fused": out.fused, "weights": out.weights, "gain": out.gain, "norm": out.norm}
     acting = tuple(
         f"links.{link_name(*pair)}." for pair in neck.acting
-    )  # only `return_pyramid` updates buffers of the other links
+    )  # the buffers of the other links change only with `return_pyramid`
     values |= out.losses | {
         name: b for name, b in neck.named_buffers() if name.startswith(("median", *acting))
     }
@@ -74,13 +80,20 @@ def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -
 
 
 def _balance_terms(weights: Tensor) -> Tensor:
-    """Return Σ |∂(balance)/∂ā · ā|, the scale of the error in the balance loss that the rounding of ā causes."""
+    """Return Σ |∂(balance)/∂ā · ā|, where ā is the mean of the gate weights over the batch.
+
+    If ā is rounded, the error of the balance loss is of the order of this sum times the unit of rounding.
+    """
     mean = weights.mean(0)
     return 2 * ((mean - 1 / mean.numel()).abs() * mean).sum()
 
 
 def ratios(neck: SRMNeck, other: SRMNeck) -> dict[str, float]:
-    """Return the error ratio of every result of a step: `other` in the pooled form against called links of `neck`."""
+    """Return the error ratio of every result of `step`.
+
+    The tested results are those of `other` in the pooled form. The exact and the plain results are those of `neck`,
+    whose links are called one by one.
+    """
     pyramid, wide = make_pyramid(), copy.deepcopy(neck).double()
     draws = range(DRAWS)
     exact = [step(wide, [m.double() for m in pyramid], called=True, draw=draw) for draw in draws]

@@ -1,4 +1,4 @@
-"""Test `srm-iqa score --map`: the map shows where the damage is, and the picture is written to the given path."""
+"""Test `srm-iqa score --map`: the map shows where an image is damaged; its picture is written to the given path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE = 64
 
 
 class Contrast(nn.Module):
-    """Score the local contrast: the mean difference of horizontal neighbours.
+    """A model whose score is the local contrast: the mean absolute difference of horizontally adjacent pixels.
 
     With `corner`, the model scores only the upper left quarter of an image.
     """
@@ -49,7 +49,7 @@ def textured(seed: int = 0) -> Tensor:
 def damaged(flat: bool) -> tuple[Tensor, np.ndarray]:
     """Return an image with one damaged part, and the mask of this part.
 
-    The part is grey in a noise image (`flat`), or noise in a grey image.
+    With `flat`, the image is noise and the part is grey. Otherwise, the image is grey and the part is noise.
     """
     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     inside[36:60, 4:28] = True
@@ -64,7 +64,7 @@ def test_the_map_points_to_the_damage(model: nn.Module, flat: bool):
     assert found.change.shape == (SIDE, SIDE)
     assert inside[np.unravel_index(found.change.argmax(), inside.shape)]
     assert found.change[inside].mean() > 0
-    # Windows outside the damage are replaced by damaged parts, which lower the score.
+    # Windows outside the damage are sometimes replaced by damaged parts, which lower the score.
     assert found.change[~inside].mean() < 0
     assert found.score == pytest.approx(float(model(image[None])))
 
@@ -73,7 +73,7 @@ def test_places_that_the_model_does_not_see_do_not_change_the_score():
     image = torch.full((3, SIDE, SIDE), 0.5)
     image[:, :, SIDE // 2 :] = textured()[:, :, SIDE // 2 :]
     change = quality_map(Contrast(corner=True), image).change
-    reach = SIDE // 2 + SIDE // SHARE  # windows that overlap the corner
+    reach = SIDE // 2 + SIDE // SHARE  # end of the last window that overlaps the corner
     assert change[: SIDE // 4, : SIDE // 4].min() > 0
     assert not change[reach:].any()
     assert not change[:, reach:].any()
@@ -109,7 +109,7 @@ def test_the_picture_is_the_same_each_time_and_shows_both_parts(tmp_path: Path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"], "no temporary file stays"
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
-    # The damage is in the lower left of the map, which is in the right half of the picture.
+    # The map is the right half of the picture. The damage is in the lower left of the map.
     reddish = (pixels[..., 0] - pixels[..., 2])[:, pixels.shape[1] // 2 : pixels.shape[1] * 7 // 8]
     height = len(reddish)
     assert reddish[height // 2 : height * 7 // 8].max() > 60 > reddish[height // 8 : height * 3 // 8].max()

@@ -1,4 +1,4 @@
-"""Test `srm-iqa score`: file names of any bytes, lists, folders, unreadable images and the choice of checkpoint."""
+"""Test `srm-iqa score`: file names of any bytes, file lists, folders, unreadable images, choice of the checkpoint."""
 
 from __future__ import annotations
 

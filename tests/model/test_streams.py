@@ -88,7 +88,11 @@ def test_messages_that_cannot_be_written_change_no_exit_code():
 
 
 def test_a_command_in_the_middle_of_its_output(monkeypatch: pytest.MonkeyPatch, capsys):
-    """Check write errors of a command that flushes a full buffer as it runs, and of argparse, which ignores them."""
+    """Check that a failed write is reported, both while a command is running and in argparse.
+
+    A running command writes whenever the buffer of stdout is full, not only at its end. argparse itself ignores write
+    errors.
+    """
 
     class Full(io.StringIO):
         def write(self, text: str) -> int:
@@ -166,9 +170,10 @@ def test_json_has_no_number_that_is_not_finite():
 
 
 def test_no_writer_of_json_goes_past_it():
-    """Check that only known code calls `json.dumps` directly instead of `json_text`.
+    """Check that no code calls `json.dumps` instead of `json_text`, with two exceptions.
 
-    Such a call is allowed if only this program reads the result, or if the call raises an error for NaN and infinity.
+    By default, `json.dumps` writes NaN and infinity, which are not JSON. A call of `json.dumps` is allowed if only this
+    program reads the result, or if the call raises an error for NaN and infinity.
     """
     within = {
         "training/state.py",

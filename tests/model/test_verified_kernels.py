@@ -1,4 +1,4 @@
-"""Test necks without a named backend on a verified device, and how commands report the kernels that ran."""
+"""Test which backends run on a verified device, above all with `backend=None`, and how commands report them."""
 
 from __future__ import annotations
 
@@ -44,12 +44,19 @@ def pretended() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def device(pretended: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Request `pretended` before `monkeypatch`, so that patches of a test are undone before the device ends."""
+    """Treat CPU tensors as tensors on a CUDA device, and store verdicts in a temporary folder.
+
+    The fixture `pretended` is requested before `monkeypatch`. Fixtures end in reverse order, so the patches of a test
+    are undone before `pretended` ends.
+    """
     monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path / "kept"))
 
 
 def verify(**statuses: str) -> None:
-    """Save a verdict in which all kernels are faster and right, except for operators with a status in `statuses`."""
+    """Save a verdict in which all kernels are faster than the reference.
+
+    `statuses` maps names of operators to their status. The status of all other operators is "right".
+    """
     times = {"triton": 1.0, "reference": 2.0}
     rows: list[dict[str, Any]] = [
         {
@@ -78,7 +85,7 @@ def neck() -> SRMNeck:
 
 
 def launched(neck: SRMNeck) -> set[str]:
-    """Return "operator implementation" for every operator that one forward pass calls."""
+    """Return strings such as "dyt triton": name and implementation of every operator that a forward pass calls."""
     pyramid = make_pyramid(2, GRIDS, (8, 8, 8, 8))
     seen: set[str] = set()
 
@@ -126,7 +133,10 @@ def test_a_named_backend_is_not_overruled(neck: SRMNeck):
 @pytest.mark.parametrize("name", ["srm", "quadratic"])
 @pytest.mark.parametrize("landmarks", ["leverage", "uniform", "kmeans++"])
 def test_no_step_beside_the_forward_pass_overrules_a_name(name: str, landmarks: str):
-    """Check calibration and diagnosis, which choose landmarks and compute statistics outside the forward pass."""
+    """Check that calibration and diagnosis also use the backend that the config names.
+
+    Both choose landmarks and compute statistics outside the forward pass.
+    """
     verify()
     pyramid = make_pyramid(2, GRIDS, (8, 8, 8, 8))
     for backend in ("reference", None):

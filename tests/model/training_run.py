@@ -26,7 +26,10 @@ class Run(NamedTuple):
 
 
 def pictures(seed: int, count: int, channels: Sequence[int], side: int) -> tuple[list[Tensor], Tensor]:
-    """Return maps and labels. A map is a shared pattern plus noise; its label is 1 minus the noise's amplitude."""
+    """Return the maps and labels of `count` images.
+
+    A map is a pattern plus noise. All images have the same pattern. The label is 1 minus the amplitude of the noise.
+    """
     shapes = [(c, max(side >> i, 2), max(side >> i, 2)) for i, c in enumerate(channels)]
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed + 1)
     mos = torch.rand(count, generator=own)
@@ -84,7 +87,7 @@ def training_run(
 
 
 def agree(found: Run, plain: Run) -> None:
-    """Check that two runs agree (see the module). The SROCC of the plain run must be above 0.5."""
+    """Check that two runs agree, as the docstring of the module defines. The SROCC of `plain` must be above 0.5."""
     last = -max(len(plain.losses) // 10, 1)
     means = [sum(run.losses[last:]) for run in (found, plain)]
     assert plain.srocc > 0.5, f"nothing to compare: SROCC {plain.srocc:.3f}"

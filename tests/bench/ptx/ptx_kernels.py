@@ -1,4 +1,4 @@
-"""Small Triton kernels like those of the package, and a PTX kernel whose body is given by a test."""
+"""Small Triton kernels that resemble those of the package, and a PTX kernel whose body each test supplies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute C = A B. A is stored transposed if LEFT, and B is stored transposed if RIGHT."""
+    """Compute C = A B. If LEFT is true, A is stored transposed. If RIGHT is true, B is stored transposed."""
     m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros([BM, BN], tl.float32)
     rows, columns = (m < M)[:, None], (n < N)[None, :]
@@ -60,7 +60,7 @@ def product_kernel(
 def chain_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Compute (A B) C for A (M, K), B (K, N), C (N, K). The left operand of the second product is in registers."""
+    """Compute (A B) C for A (M, K), B (K, N), C (N, K). The left operand A B of the second product is in registers."""
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     b = tl.load(b_ptr + k[:, None] * N + n[None, :])
@@ -106,14 +106,14 @@ def off_by_one_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def large_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
-    """Multiply matrices that need SIZE² · 8 bytes of shared memory."""
+    """Multiply two fp32 matrices (SIZE, SIZE), which need 8 · SIZE² bytes of shared memory."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     at = i * SIZE + j
     tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision="tf32"))
 
 
 def faults(device: Device) -> list[str]:
-    """Return the faults of all launches. Reports of the kind "copies" are not faults."""
+    """Return the faults in all launches of the device as text. Reports of the kind "copies" are not faults."""
     return [str(report) for _, report in device.reports() if report.kind != "copies"]
 
 
@@ -126,7 +126,7 @@ def product(
     right: bool,
     **options: int,
 ) -> torch.Tensor:
-    """Return A B by `product_kernel`. A is stored transposed if `left`, and B is stored transposed if `right`."""
+    """Compute A B with `product_kernel`. With `left`, A is stored transposed. With `right`, B is stored transposed."""
     (M, K), N = a.shape, b.shape[1]
     c = torch.full((M, N), torch.nan)
     BM, BN, BK = tile
@@ -179,13 +179,13 @@ TAIL = """
 def planted(
     body: str, order: str = "together", out: torch.Tensor | None = None
 ) -> tuple[Execution, np.ndarray]:
-    """Run hand-written PTX with two warps; return its execution and the 64 words of its output."""
+    """Run a PTX kernel with this body in two warps; return the `Execution` and the 64 words of the output."""
     out = torch.zeros(64, dtype=torch.int32) if out is None else out
     return execute(HEAD + body + TAIL, out, warps=2, shared=256, order=order), out.numpy()
 
 
 def execute(text: str, out: torch.Tensor, *, warps: int, shared: int, order: str = "together") -> Execution:
-    """Run the kernel `planted` in one block. Its only parameter is the address of `out`."""
+    """Run the PTX kernel `planted` of `text` in one block. The kernel's only parameter is the address of `out`."""
     address = out.data_ptr()
     allocation = Allocation(address, out.nbytes, "out")
     parameters = {"planted_param_0": address.to_bytes(8, "little")}

@@ -1,4 +1,4 @@
-"""Test the counts of launches with known work, and the bounds that are computed from these counts."""
+"""Test the instruction counts of kernels whose work is known, and the time bounds computed from these counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test that the package and Triton use the emulated device like a GPU, and that it restores what it changes."""
+"""Test that the package and Triton use the emulated device as a GPU, and that `emulated_device` undoes its changes."""
 
 from __future__ import annotations
 

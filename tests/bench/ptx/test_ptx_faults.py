@@ -1,4 +1,4 @@
-"""Test that every kind of fault is reported in code with a planted fault, and not reported in correct code."""
+"""Test that the emulator reports every kind of planted fault, and reports no fault in correct code."""
 
 from __future__ import annotations
 
@@ -141,7 +141,11 @@ def test_races_in_global_memory(body, races, order):
 
 
 def test_lanes_whose_copies_of_a_sum_differ():
-    """The two lanes of a butterfly round fma(x, x, shfl(x·x)) differently."""
+    """Two lanes compute the same sum of two squares, but round it differently.
+
+    Each lane computes fma(x, x, shfl(x·x)): the square of the other lane is rounded before the sum, and the lane's own
+    square is not.
+    """
     body = (
         "cvt.rn.f32.u32 %r5, %r1; mul.f32 %r5, %r5, 0f3DCCCCCD; mul.f32 %r6, %r5, %r5;"
         "shfl.sync.bfly.b32 %r7, %r6, 1, 31, -1; fma.rn.f32 %r7, %r5, %r5, %r7;"

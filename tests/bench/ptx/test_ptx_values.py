@@ -1,4 +1,4 @@
-"""Test that small Triton kernels on the emulated device agree with PyTorch, on several architectures."""
+"""Test on several emulated architectures that the results of small Triton kernels agree with PyTorch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_masked_loads_and_stores(architecture, dtype):
     assert faults(device) == []
 
 
-# Each precision is tested with each transposition. Architectures and numbers of stages rotate over these pairs.
+# Each precision is tested with each transposition. The architecture and the number of stages vary between these pairs.
 PRODUCTS = [
     (name, left, right, ARCHITECTURES[(i + 2 * j) % 5], (1, 3)[(i + j) % 2])
     for i, name in enumerate(PRECISIONS)

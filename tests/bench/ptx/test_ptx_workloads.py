@@ -16,7 +16,7 @@ from srm_model.profiling.results import read
 
 
 def test_programs_of_every_kind_run_in_the_proportion_in_which_they_are_launched():
-    """The kernel has three kinds of programs. Each of its 8 heads has 16, 8 and 8 programs of these kinds."""
+    """The grid has programs of three kinds. For each of 8 heads, it has 16, 8 and 8 programs of these kinds."""
     chosen = workloads.sample("attention_backward_kernel", (256,))
     assert chosen is not None
     kinds = Counter(0 if program < 128 else 1 if program < 192 else 2 for program in chosen)
@@ -35,7 +35,7 @@ def test_the_floor_counts_bytes_and_distinct_products():
 
 
 def row_of(workload: str, kernel: str, **values: object) -> dict[str, object]:
-    """Return a row of the report for the GPU that the targets are for."""
+    """Return a row of the report for `report.TUNED`, the GPU of the targets; `values` adds or replaces columns."""
     row = {
         "gpu": report.TUNED, "workload": workload, "kernel": kernel, "limit": "lsu", "share_of_floor": 0.1,
         "busy_us": dict.fromkeys(report.UNITS, 1.0), "repeated_products": 2.0, "warps": 4, "registers": 96,
@@ -88,7 +88,10 @@ def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():
 
 
 def test_results_of_programs_that_do_not_run_are_no_repeated_products():
-    """Only the kernel of the key gradients runs. It reads filled memory in place of the results of other kernels."""
+    """Only the kernel that computes dK and dV runs.
+
+    In place of the other kernels' results, it reads the random numbers of `_FilledMemory`.
+    """
     small = workloads.Workload("key side", workloads.key_sides(1))
     counts = [
         launch.counters.products
@@ -97,5 +100,5 @@ def test_results_of_programs_that_do_not_run_are_no_repeated_products():
     ]
     assert counts[0] == counts[1]
     assert counts[0]
-    # If a result has 16 rows, two warps compute the same products. No product is computed more than twice.
+    # If a result has 16 rows, two warps compute the same mma products. No mma product is computed more than twice.
     assert all(2 * distinct >= total for total, distinct in counts[0].values())

@@ -30,7 +30,10 @@ class OfFirstPixel(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """A small network with convolution, BatchNorm, dropout and buffers that change in evaluation mode too."""
+    """A small network with convolution, BatchNorm and dropout.
+
+    Every forward pass updates the buffers `calls` and `ema`, even in evaluation mode.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -51,7 +54,10 @@ class Convolutional(nn.Module):
 
 
 class Noisy(Linear):
-    """A linear model that adds Gaussian noise from PyTorch's global generator to its weight in every forward pass."""
+    """A linear model that adds new Gaussian noise to its weight in every forward pass.
+
+    The noise is drawn from PyTorch's global generator.
+    """
 
     stochastic = True
 
@@ -72,6 +78,6 @@ def weight(seed: int = 0, side: int = 8, dtype: torch.dtype = torch.float32) -> 
 
 
 def batch(size: int = 4, seed: int = 0, side: int = 8, low: float = 0.25, high: float = 0.75) -> Tensor:
-    """Return random images. The default range is far from 0 and 1, so that clipping does not affect closed forms."""
+    """Return random images. By default, pixels are far from 0 and 1, so that small perturbations are never clipped."""
     generator = torch.Generator().manual_seed(seed)
     return low + (high - low) * torch.rand(size, 3, side, side, generator=generator)

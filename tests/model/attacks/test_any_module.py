@@ -1,4 +1,4 @@
-"""Attack and audit modules that write into their input, refuse `eval`, were never calibrated or have no gradient."""
+"""Test attacks and audits of modules that overwrite their input, refuse `eval`, or lack calibration or a gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Images:
 
 
 class InPlace(nn.Module):
-    """Normalise the images, in place (as torchvision's `normalize(inplace=True)`) or not, and call `model`."""
+    """A module that normalises the images, in place or in a copy, and then calls `model`.
+
+    In place, it overwrites its input, as torchvision's `normalize(inplace=True)` does.
+    """
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
         super().__init__()
@@ -88,11 +91,11 @@ def test_scores_bounds_and_suites_of_a_model_that_writes_into_its_input():
         assert torch.equal(data.images, before)
 
 
-# Modules without modes
+# Modules without a training and an evaluation mode
 
 
 class Refusing(Convolutional):
-    """A module whose `train` and `eval` raise an error, as those of an exported program do."""
+    """A module that raises an error in `train` and in `eval`, as an exported program does."""
 
     def train(self, mode: bool = True):
         raise RuntimeError("modes? none")
@@ -160,7 +163,7 @@ HIDING = {
 
 
 class Calling(nn.Module):
-    """A module that calls a function, so that `modules()` does not show the model inside."""
+    """A module that calls its model through a function, so that `modules()` does not list the model."""
 
     def __init__(self, function) -> None:
         super().__init__()

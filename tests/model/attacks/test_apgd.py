@@ -11,7 +11,7 @@ from srm_model.attacks.apgd import checkpoints
 
 
 def test_checkpoints_are_those_of_the_paper():
-    # p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99 of 100 steps
+    # The paper's checkpoints are at the fractions 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93 and 0.99 of all steps.
     assert sorted(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert max(checkpoints(1)) == 1
 
@@ -43,7 +43,8 @@ def test_the_step_starts_at_twice_eps_and_is_kept_while_the_loss_rises(monkeypat
         monkeypatch, Linear(weight()), images, objective=Signed(1), eps=0.1, steps=20, restarts=1
     )
     assert torch.equal(sizes[0], torch.full((1, 2), 0.2))
-    # A linear score reaches its maximum after one or two steps. Then the loss stops rising: every checkpoint halves η.
+    # A linear score reaches its maximum after one or two steps. The loss then stops rising, so that every checkpoint
+    # halves the step.
     halvings = [step for step in range(1, 20) if (sizes[step] < sizes[step - 1]).all()]
     assert halvings == [step for step in sorted(checkpoints(20)) if step < 20]
     assert torch.equal(sizes[-1], sizes[0] / 2 ** len(halvings))
@@ -79,7 +80,8 @@ def test_a_halved_step_starts_again_from_the_best_point():
     mos = [-2.0] * 32  # the loss is (cos + 2)², at most 9
     arguments = {"eps": 0.196, "steps": 60, "restarts": 1}
     best = apgd_trace(model, images, mos, MSE(), **arguments)
-    assert best.loss.min() > 0.995 * 9  # last steps are 0.4 / 2⁷ = 0.003; half a step costs 0.1 %
+    # The last steps are 0.4 / 2⁷ = 0.003. At a distance of half a step from the peak, the loss is 0.1 % lower.
+    assert best.loss.min() > 0.995 * 9
     coarse = pgd_trace(model, images, mos, MSE(), step_size=0.3, **arguments)
     assert coarse.loss.min() < best.loss.min()
 
@@ -110,7 +112,7 @@ def test_no_forward_pass_is_wasted():
 
 
 class Rippled(torch.nn.Module):
-    """A score with steep ripples of many widths, so that steps succeed, fail and stall."""
+    """A model whose score has steep ripples of many widths, so that both rules for halving APGD's step apply."""
 
     def forward(self, x):
         widths = torch.linspace(50, 400, x[0].numel(), dtype=x.dtype).view(x[0].shape)
@@ -180,4 +182,4 @@ def test_every_iterate_is_that_of_the_algorithm_written_out():
         )
         reasons |= why
         assert trace.losses[0, :, 0].tolist() == pytest.approx(losses, rel=1e-9)
-    assert reasons == {"few", "stalled"}  # otherwise the images test only one rule
+    assert reasons == {"few", "stalled"}  # otherwise the images would test only one rule

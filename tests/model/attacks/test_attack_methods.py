@@ -1,4 +1,4 @@
-"""Test the registry of attack methods: one entry is enough to run a method in a suite and to resume it safely."""
+"""Test the registry of attack methods: with one entry, a suite runs a method and checks its settings on resume."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def test_a_registered_search_is_resumed_only_with_its_settings(search: Brighteni
 
 @pytest.mark.parametrize("name", ATTACK_METHODS)
 def test_an_entry_is_complete(name: str):
-    """A keyword argument of a method is either common to all methods or a setting that is recorded for resuming."""
+    """A method has the common keyword arguments and those of its settings.
+
+    Every setting is recorded, so that a run with another value cannot resume.
+    """
     method = ATTACK_METHODS[name]
     parameters = inspect.signature(method.trace).parameters
     own = {argument for argument, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

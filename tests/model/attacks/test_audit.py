@@ -1,4 +1,4 @@
-"""The audit passes an honest model and flags models that only hide their gradients."""
+"""Test that an honest model passes the audit, and that models with hidden gradients or other faults do not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Honest(nn.Module):
 
 
 class Quantising(Honest):
-    """A model that rounds pixels to 16 levels first. Its gradient is zero, but it is as weak as `Honest`."""
+    """A model that rounds pixels to 16 levels first. Its gradient is zero, but attacks without gradients succeed."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.raw((images * 15).round() / 15)
@@ -223,7 +223,7 @@ def test_the_gradient_of_a_random_model_is_compared_within_one_draw():
 
 
 def cropped(base: type[Honest]) -> type[Honest]:
-    """Return a subclass that crops images at random and declares itself stochastic."""
+    """Return a subclass of `base` that crops images at random and declares itself stochastic."""
 
     class Cropped(base):
         stochastic = True
@@ -238,7 +238,8 @@ def cropped(base: type[Honest]) -> type[Honest]:
 class DeclaredDice(OwnDice):
     """A model that multiplies its score by a random factor.
 
-    A random term would cancel in the mean over the attacks that raise and that lower the scores.
+    The audit averages over an attack that raises the scores and one that lowers them. If the noise were added to the
+    score, it would cancel in this average.
     """
 
     stochastic = True
@@ -253,7 +254,7 @@ EOT = CONFIG.replace(attack_steps=6, attack_restarts=2, eot_samples=8, attack_qu
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("model", [cropped(Honest)(), DeclaredDice()], ids=["crop", "dice"])
 def test_the_noise_of_a_declared_random_model_is_not_taken_for_a_fall(model, norm):
-    # Scores averaged over eight draws vary by more than the attack gains.
+    # Even scores averaged over eight draws vary by more than the attack changes them.
     assert run(model, norm=norm, eps=4 / 255 if norm == "linf" else 10.0, config=EOT, images=6).failed == []
 
 

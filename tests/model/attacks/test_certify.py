@@ -37,7 +37,7 @@ def test_order_statistics_are_clopper_and_pearsons(count, shift, confidence):
     if low is not None:
         # The binomial tail is at most `error`. For the next order statistic it would exceed `error`.
         assert binom.cdf(low - 1, count, p_low) <= error < binom.cdf(low, count, p_low)
-        # Equivalently, the upper Clopper-Pearson limit of k − 1 successes is at most p.
+        # Equivalently, the upper Clopper-Pearson limit of `low` − 1 successes is at most `p_low`.
         assert beta.ppf(1 - error, low, count - low + 1) <= p_low
     if high is not None:
         assert binom.sf(high - 1, count, p_high) <= error < binom.sf(high - 2, count, p_high)
@@ -60,7 +60,7 @@ def test_bounds_are_the_samples_at_those_places():
 
 
 def test_a_linear_score_s_interval_is_its_closed_form():
-    # f(x + σz) is normal with deviation σ‖w‖, so its Φ(±ε/σ) quantiles lie exactly ±ε‖w‖ from the median.
+    # f(x + σz) is normal with standard deviation σ‖w‖, so its Φ(±ε/σ) quantiles lie exactly ±ε‖w‖ from the median.
     w, images, sigma, eps = weight(), torch.full((2, 3, 8, 8), 0.5), 0.05, 0.04
     model = Unclipped(w)
     found = certify(model, images, eps=eps, sigma=sigma, samples=4000, confidence=0.99)
@@ -93,12 +93,13 @@ def test_no_attack_within_the_budget_takes_the_median_out_of_its_interval():
 
 
 def test_the_bounds_cover_as_often_as_they_say():
-    # The samples are uniform, so that their Φ(±s) quantiles are Φ(±s).
+    # The samples are uniform on [0, 1], so that their quantile of order p is p. Here, p is Φ(−0.5) and Φ(0.5).
     rng = np.random.default_rng(0)
     draws = torch.tensor(np.sort(rng.uniform(size=(200, 3000)), axis=0))
     found = certificate(draws, eps=0.5, sigma=1.0, confidence=0.9)
     missed = np.mean((np.array(found.lower) > norm.cdf(-0.5)) | (np.array(found.upper) < norm.cdf(0.5)))
-    # At most 10 % of the intervals miss a quantile, up to five standard errors. Discrete bounds miss fewer.
+    # At most 10 % of the intervals may miss a quantile, with a tolerance of five standard errors. The bounds are order
+    # statistics, which are discrete, so that fewer intervals miss.
     assert 0.05 < missed < 0.1 + 5 * math.sqrt(0.1 * 0.9 / 3000)
 
 
@@ -130,9 +131,9 @@ def test_certificates_of_a_dataset_count_the_pairs_that_do_not_overlap():
     narrow, wide = certify_dataset(model, dataset, SRMConfig(**settings), 4)
     images = torch.stack([image for image, _ in dataset[1::2]])
     own = certify(model, images, eps=0.0, sigma=0.01, samples=100, generator=torch.Generator().manual_seed(3))
-    # The two equal images are the only pair of six whose intervals overlap at eps 0.
+    # Of the six pairs, only that of the two equal images has overlapping intervals at eps 0.
     assert narrow == {"stated": 0.0, **own.to_dict(), "ordered": 5 / 6}
-    # A budget is stated for 512² pixels. This one is larger than all samples can bound.
+    # A budget is stated for 512² pixels. The budget of 100 is so large that 100 samples give no finite bound.
     assert (wide["stated"], wide["eps"], wide["ordered"]) == (100.0, 100 * 8 / 512, 0.0)
     (alone,) = certify_dataset(model, dataset, SRMConfig(**settings | {"eps_smoothing": (0.0,)}), 1)
     assert alone["ordered"] == 0.0

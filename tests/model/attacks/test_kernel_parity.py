@@ -1,7 +1,7 @@
-"""Compare an attack through the Triton kernels with the same attack through the reference.
+"""Compare two PGD attacks on one model: through the Triton kernels and through the reference backend.
 
-PGD from the same start has the same losses and ends with the same ranking of the images. The tolerance is 1e-3 of the
-largest loss, because rounding decides the sign of very small gradients.
+Both attacks start from the same point. They must have the same losses and end with the same ranking of the images. The
+tolerance of the losses is 1e-3 of the largest loss, because rounding decides the sign of very small gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Compare every attack with the known optimum of a linear score inside the box, and PGD with other implementations."""
+"""Compare gradient attacks with a known optimum, and PGD with other implementations.
+
+For a linear score, the best perturbation that keeps the image in [0, 1] is known.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from srm_model.attacks.gradient import default_step_size
 
 
 def best_rise(w, images, norm, eps):
-    """Return the maximum of ⟨w, δ⟩ over ‖δ‖ ≤ eps with x + δ in [0, 1], in fp64.
+    """Return the maximum of ⟨w, δ⟩ over all δ with ‖δ‖ ≤ eps and x + δ in [0, 1], computed in fp64.
 
     For L2, δ = clip(t·w) is optimal. The number t is found by bisection so that ‖δ‖ = eps.
     """
@@ -64,7 +67,8 @@ def test_the_optimum_inside_the_box_is_reached(attack, norm, eps, sign):
 
 @pytest.mark.parametrize(("attack", "share"), [(pgd, 0.98), (apgd, 0.99)])
 def test_nearly_so_where_every_pixel_lies_on_a_face(attack, share):
-    # Half of each gradient points out of the box. Clipping shortens fixed steps, so that PGD ends 1.5 % short.
+    # Every pixel is 0 or 1, so that half of the entries of each gradient point out of [0, 1]. Clipping shortens PGD's
+    # steps, whose size is fixed, so that PGD ends 1.5 % below the optimum.
     w, images = weight(), batch(low=0, high=1).round()
     attacked = attack(Linear(w), images, [0.0] * 4, Signed(1), norm="l2", eps=4.0, steps=40, restarts=1)
     risen = (w.double() * (attacked - images).double()).flatten(1).sum(1)
@@ -129,7 +133,10 @@ def test_eps_zero_returns_the_images_and_a_seed_repeats(attack, norm):
 
 
 class Curved(nn.Module):
-    """A score with many local maxima, computed without a matrix product over the batch."""
+    """A model whose score has many local maxima.
+
+    It has no matrix product over the batch, so that the batch size hardly changes the rounding.
+    """
 
     def forward(self, x):
         return (torch.sin(9 * x) * torch.linspace(-1, 1, x[0].numel()).view(x[0].shape)).sum((1, 2, 3))
@@ -196,7 +203,7 @@ def test_a_model_that_computes_in_fp16_inside_keeps_its_gradient():
 
     model, images = Half(), batch()
     # After a random start the error is about 1e-4, so that the gradient is about 2e-7. At the clean image, where FGSM
-    # starts, the gradient is 4e-9. The smallest fp16 number is 6e-8, so that without scaling it would become 0.
+    # starts, the gradient is 4e-9. The smallest fp16 number is 6e-8, so without scaling this gradient would become 0.
     mos = model(images).detach().float() - 2e-6
     trace = pgd_trace(model, images, mos, MSE(), eps=0.01, steps=2, restarts=1)
     assert trace.zero_gradients == 0
@@ -241,7 +248,7 @@ def of_torchattacks(two, images, labels, norm, eps, steps):
     return {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm](two, **step)(images, labels)
 
 
-# torchattacks pins versions that conflict with those tested here, so that it is optional.
+# torchattacks is optional, because it pins versions of packages that conflict with the versions tested here.
 OTHERS = [of_secmlt, *([of_torchattacks] if find_spec("torchattacks") else [])]
 
 
@@ -251,7 +258,7 @@ OTHERS = [of_secmlt, *([of_torchattacks] if find_spec("torchattacks") else [])]
 def test_pgd_agrees_with_an_independent_one_in_final_loss(theirs, norm, eps, sign):
     model, images, steps = Convolutional().eval(), batch(8), 20
     two = TwoLogits(model).eval()
-    labels = torch.full((8,), int(sign > 0))  # its cross-entropy grows with sign · score
+    labels = torch.full((8,), int(sign > 0))  # the cross-entropy for this label grows with sign · score
     with torch.random.fork_rng():
         torch.manual_seed(11)
         other = theirs(two, images, labels, norm, eps, steps)

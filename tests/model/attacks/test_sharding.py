@@ -103,7 +103,7 @@ def test_two_ranks_do_the_work_of_one_to_the_bit(tmp_path):
 
 
 def crafted(log: Path, wait: Callable[[int, str], bool] = lambda number, name: False):
-    """Return a replacement of `Job.craft` that logs each call and never continues if `wait` returns True."""
+    """Return a replacement for `Job.craft` that logs each call and then waits for as long as `wait` returns True."""
 
     def craft(self: Job, number: int, attack: Attack, *arguments):
         with log.open("a") as file:

@@ -54,7 +54,8 @@ def test_losses_never_fall_and_come_near_the_optimum_of_a_linear_score():
     assert torch.equal(trace.loss, trace.losses[0, -1])
     assert torch.allclose(model(trace.images), trace.loss)
     risen = trace.loss - model(images)
-    # Random signs for the 192 weights give a rise of 0. 2,000 queries with ever smaller squares correct most signs.
+    # Random signs for the 192 weights would raise the score by 0 on average. In 2,000 queries with ever smaller
+    # squares, the search corrects most signs.
     assert (risen > 0.9 * eps * w.abs().sum()).all()
 
 
@@ -73,7 +74,7 @@ def test_images_of_a_batch_objective_are_decided_one_by_one():
     trace = square_trace(model, images, mos, PairInversion(), eps=8 / 255, queries=300)
     assert trace.losses.shape == (1, 300)
     assert (trace.losses.diff() >= 0).all()
-    # The search updates the loss image by image. The result is the loss of the returned images.
+    # The search updates the loss image by image. At the end, `trace.loss` must be the loss of the returned images.
     again = PairInversion()(model(trace.images), mos, mos)
     assert trace.loss.item() == pytest.approx(again.item(), rel=1e-5)
     best = pgd_trace(model, images, mos, PairInversion(), eps=8 / 255, steps=20, restarts=1).loss

@@ -75,7 +75,7 @@ def test_sweeps_are_suites_at_other_settings():
 
 
 class Stopping(Images):
-    """A dataset that raises KeyboardInterrupt once `after` images have been read."""
+    """A dataset that allows the number of reads in `after` and then raises KeyboardInterrupt."""
 
     def __init__(self, after: int) -> None:
         super().__init__()

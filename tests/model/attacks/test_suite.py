@@ -41,7 +41,7 @@ class Images:
 
 
 def linear(seed: int = 0, scale: float = 0.1) -> Linear:
-    """Return the linear model behind the MOS (seed 0), or another linear model."""
+    """Return a linear model. For seed 0, it is the model that the MOS come from, times `scale`."""
     return Linear(weight(seed) * scale)
 
 
@@ -181,7 +181,7 @@ def test_a_stochastic_model_is_attacked_and_scored_with_eot():
     model = Noisy(weight() * 0.1, spread=0.05)
     result = run(model, Images(4))
     # Passes for one batch: 1 clean score, restarts · (steps + 1) evaluations and 1 score for each of the 3 attacks,
-    # and 1 more f(x) for drift. EOT repeats each pass 3 times.
+    # and 1 more score of the clean images for drift. EOT repeats each pass 3 times.
     assert model.passes == 3 * (1 + 3 * (2 * 5 + 1) + 1)
     assert result.eot == 3
     assert plain(run(Noisy(weight() * 0.1, spread=0.05), Images(4))) == plain(result)
@@ -232,7 +232,8 @@ def test_a_model_that_breaks_under_attack_is_the_worst_case():
 
     dataset, model = Images(), Fragile(weight() * 0.1)
     model.limit = linear()(dataset.images).max().item() + 0.1
-    # Attacks change scores by 0.24. Without a gradient, the random start changes them by only a tenth of that.
+    # PGD changes scores by 0.24, enough to exceed the limit. The surrogate has no gradient, so that the transfer attack
+    # consists of its random start, which changes scores by only a tenth of that.
     result = run(model, dataset, surrogate=Linear(0 * weight()), keep=11)
     assert math.isfinite(result.clean["srocc"])
     assert math.isfinite(result.attacks["transfer"]["srocc"])
@@ -309,7 +310,7 @@ def test_examples_are_the_attack_that_moved_the_score_most():
 
 
 class Interrupting(Images):
-    """A dataset that raises KeyboardInterrupt after `after` reads."""
+    """A dataset that allows the number of reads in `after` and then raises KeyboardInterrupt."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -357,7 +358,7 @@ def test_a_stopped_run_goes_on_without_repeating_and_ends_the_same(tmp_path, mon
 
 
 def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch):
-    class Weak(MSE):  # no gradient: its random starts change scores less than PGD does
+    class Weak(MSE):  # without a gradient; PGD only has its random starts, which change scores less
         stop = True
 
         def __call__(self, scores, mos, clean_scores):

@@ -16,7 +16,10 @@ def _own_cache_folder(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def photograph() -> Callable[..., np.ndarray]:
-    """Return a function that draws a smooth, coloured, textured (side, side, 3) uint8 picture for a given seed."""
+    """Return a function that draws a picture from a seed.
+
+    The picture is a uint8 array (side, side, 3) with smooth colours, edges and texture.
+    """
 
     def draw(side: int = 96, seed: int = 0) -> np.ndarray:
         rng = np.random.default_rng(seed)

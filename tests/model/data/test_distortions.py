@@ -67,7 +67,7 @@ def test_levels_are_those_of_the_ladder(photographs, distorted, kind):
         found = [psnr(photo, image) for image in images]
         assert all(a > b + 0.8 for a, b in pairwise(found)), found
         # Types 12 and 13 damage whole regions and type 22 uses whole palette colours, so their PSNR is less exact.
-        # Dithering alone costs level 1 of type 22 a few dB.
+        # At level 1 of type 22, dithering alone lowers the PSNR by a few dB.
         tolerance = {12: 1.6, 13: 1.6, 14: 0.6, 16: 0.5, 22: 3.5}.get(kind, 0.35)
         if found[-1] <= LEVEL_PSNR[-1] + tolerance:
             assert found == pytest.approx(LEVEL_PSNR, abs=tolerance)
@@ -99,14 +99,14 @@ def test_blur_and_jpeg_have_the_same_parameters_for_every_photograph(photographs
             blurred = ndimage.gaussian_filter(
                 photo.astype(np.float32), (deviation, deviation, 0), mode="nearest"
             )
-            # the Gaussian is truncated elsewhere and the image is rounded
+            # not equal: SciPy's default truncates the Gaussian at another radius, and the distorted image is rounded
             assert psnr(blurred, distorted[i, 8][level - 1]) > 45
 
 
 def test_their_psnr_is_the_levels_on_average_over_the_kodak_photographs(shared):
     photographs = list(from_folder(shared("data/kodak"), Frame(crop=CROP)))
     assert len(photographs) == 24
-    # JPEG quality is an integer, so its tolerance is larger
+    # JPEG quality (type 10) is an integer, so the tolerance of this type is larger
     for kind, tolerance in ((8, 0.3), (9, 0.3), (10, 0.5)):
         found = [
             [psnr(photo.pixels, distort(photo.pixels, kind, level)) for level in LEVELS]
@@ -116,7 +116,7 @@ def test_their_psnr_is_the_levels_on_average_over_the_kodak_photographs(shared):
 
 
 def test_pale_colours_go_past_grey_to_their_complements(photographs):
-    """At level 5, type 18 inverts pale colours. Grey alone does not lower the PSNR enough."""
+    """At level 5, type 18 inverts pale colours, because a change to grey would not lower the PSNR enough."""
     photo = photographs[0].astype(float)
     grey = photo.mean(-1, keepdims=True)
     pale = (grey + 0.4 * (photo - grey)).round().astype(np.uint8)
@@ -128,9 +128,9 @@ def test_pale_colours_go_past_grey_to_their_complements(photographs):
 
 @pytest.mark.parametrize("kind", FALLING)
 def test_quality_falls_with_the_level(photographs, distorted, kind):
-    """The default metric falls with the level, averaged over the photographs.
+    """The mean of the default metric over the photographs falls with the level.
 
-    The test takes levels 1, 3 and 5, because type 17 alternates the sign of its contrast change.
+    The test uses levels 1, 3 and 5, because type 17 lowers the contrast at these levels and raises it at the others.
     """
     labels = [metric_labels("vsi", distorted[i, kind][::2], photo) for i, photo in enumerate(photographs)]
     first, middle, last = np.mean(labels, axis=0)
@@ -143,7 +143,7 @@ def test_the_generator_decides_everything(photographs, distorted, kind):
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     again = distort(photographs[0], kind, 3)
     np.testing.assert_array_equal(again, distorted[0, kind][2])
-    # if a sign is random, all eight seeds agree with probability 1/256
+    # if only a sign is random, all eight other seeds have the sign of seed 0 with probability 1/256
     others = (distort(photographs[0], kind, 3, seed=seed) for seed in range(1, 9))
     changed = not all(np.array_equal(again, other) for other in others)
     assert changed == (kind in RANDOM)
@@ -187,7 +187,7 @@ def test_what_each_type_does(photographs, distorted):
     gradient = np.abs(np.diff(photo, axis=1)).mean()
     assert (
         change(9, 3).std() < DENOISING[2] / 2**0.5
-    )  # less than half of the noise power is left, texture included
+    )  # the remaining noise and the lost texture together have less than half of the noise power
     for kind in (8, 11):
         assert np.abs(np.diff(distorted[0, kind][4].astype(float), axis=1)).mean() < 0.8 * gradient
     assert (

@@ -104,7 +104,7 @@ def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path, photogr
 def test_without_a_cache_folder_every_call_checks(tmp_path, photograph, monkeypatch, home):
     """Without a usable cache folder, every call checks the files.
 
-    HOME is unset for a user without a passwd entry, empty, not writable or relative.
+    There are four cases of HOME: unset, for a user without a passwd entry; empty; not writable; a relative path.
     """
     monkeypatch.setattr(images, "_REMEMBERED_FROM", 1)
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -257,7 +257,10 @@ print(peak() - before)
     [("load", "P", 1), ("load", "LA", 4), ("load", "RGB", 4), ("check", "P", 1)],
 )
 def test_a_large_image_is_not_copied_to_be_converted_or_turned(tmp_path, work, mode, bytes_per_pixel):
-    """Peak memory stays close to the decoded image. Pillow stores a pixel with two or more channels in four bytes."""
+    """Peak memory stays close to the size of the decoded image.
+
+    Pillow stores a pixel with two or more channels in four bytes.
+    """
     side, path = 5000, tmp_path / "a.png"
     image = Image.new(mode, (side, side))
     exif = image.getexif()

@@ -82,7 +82,8 @@ def test_the_scale_is_that_of_the_table_with_the_split(koniq):
     assert alone == {"train": [0.8, 0.04], "val": [0.035], "test": [0.555]}
     write_scores(koniq / SCORES_FILE)
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == alone
-    write_scores(koniq / SETS_FILE)  # here the scores have the name of the split table; the columns decide
+    # The scores now have the file name of the split table, but the columns decide which table has the split.
+    write_scores(koniq / SETS_FILE)
     (koniq / SCORES_FILE).unlink()
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == alone
 

@@ -102,12 +102,12 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, folder):
         f"distorted_images/{name}" for name in NAMES if "_01_" in name
     }  # JPEG and contrast changes are not random
     part = contents(synthesize(tmp_path / "d", photographs=folder, **(SMALL | {"types": [1], "levels": [5]})))
-    # whatever other images are generated
+    # an image does not depend on which other images are generated
     assert all(part[name] == first[name] for name in part if "images" in name)
 
 
 def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
-    """Labels given in a file are written unchanged, even where the last digits of the metric differ on this machine."""
+    """Labels given in a file are written unchanged, even if the metric on this machine differs in the last digits."""
     first = synthesize(tmp_path / "a", photographs=folder, **SMALL)
     lines = (first / "mos_with_names.txt").read_text().splitlines()
     label, name = lines[0].split()
@@ -339,7 +339,7 @@ OPINIONS = {"types": [1, 10], "levels": [1, 5], "progress": False}
 
 @pytest.fixture
 def numbered(tmp_path, photograph) -> Path:
-    """Create photographs whose names sort differently from their numbers."""
+    """Create photographs whose alphabetical order differs from the order of the numbers in their names."""
     folder = tmp_path / "numbered"
     folder.mkdir()
     for name in ("10.png", "kodim02.png", "I03.BMP", "4.png"):

@@ -16,7 +16,7 @@ from srm_model.data.tid2013 import split_by_reference
 
 
 def test_the_true_list_with_its_mixed_case(tmp_path, shared, copies):
-    """The published list (3,000 names, CRLF, mixed case) matches files whose names differ from it in case."""
+    """The published list (3,000 names in mixed case, CRLF line ends) matches files whose names differ only in case."""
     published = shared("data/tid2013/mos_with_names.txt").read_bytes()
     (tmp_path / "mos_with_names.txt").write_bytes(published)
     listed = [line.split() for line in published.decode().split("\r\n") if line]

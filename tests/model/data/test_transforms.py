@@ -27,8 +27,8 @@ def test_the_shorter_side_is_brought_to_the_size(tmp_path, width, height, size):
 def test_of_a_long_image_the_middle_is_resized(tmp_path, photograph, long, short, size, turned):
     """Only the middle of a long image is resized.
 
-    Its centre crop equals the crop of the whole image resized, to within one level of 255, because coefficients are
-    rounded differently.
+    The centre crop of the result differs by at most one of 255 levels from the centre crop of the whole resized image.
+    The difference comes from the rounding of the coefficients of the filter.
     """
     pixels = np.resize(photograph(96), (short, long, 3))
     image = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)

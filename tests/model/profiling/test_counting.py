@@ -54,7 +54,7 @@ def test_formula_fvcore_and_torch_agree(name: str, neck: str):
     module, inputs = make(neck, config), (pyramid(height, width),)
     traced = fvcore_macs(module, inputs)
     counted = torch_macs(*meta_copy(module, inputs))
-    # d³/3 and r³/3 are rounded at the same point, so all counts are the same integer.
+    # All methods of counting round d³/3 and r³/3 at the same point, so that the counts are the same integer.
     assert counted == formula
     assert traced in (formula, None)
     assert traced is not None or not _has_fvcore()

@@ -28,7 +28,7 @@ class FakeTime:
         return self.seconds
 
     def operator(self, *milliseconds: float):
-        """Return an operator that takes these times in turn, repeatedly."""
+        """Return an operator whose calls take the given times, one after another, and then again from the first."""
         costs = list(milliseconds)
 
         def call() -> None:
@@ -113,7 +113,7 @@ def test_effort_is_the_devices_own_where_nothing_is_said():
 def test_an_allocation_of_known_size_is_the_peak():
     def call() -> torch.Tensor:
         first = torch.ones(8 * MEBI // 4)
-        del first  # freed before the second allocation, so their sizes do not add up
+        del first  # freed before the second allocation, so the two sizes do not add up
         return torch.ones(8 * MEBI // 4)
 
     found = peak(call, CPU, held=5)

@@ -133,7 +133,7 @@ def test_the_backend_none_follows_the_verdict_and_the_kernels_are_those_of_the_t
 
 
 def test_every_flag_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """All flags are accepted together. The test fails if the help lists a flag that it does not use."""
+    """All flags are accepted together. The test fails if the help lists a flag that the test does not use."""
     (tmp_path / "config.json").write_text(json.dumps({"rank": 8, "gain_cap": 2.0}))
     sizes = ["--resolution", "32", "--batch", "2", "--dtype", "fp16", "--direction", "step"]
     which = ["--article", "--part", "model", "--neck", "srm", "--backend", "torch", *sizes]
@@ -194,7 +194,10 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
 
 
 def test_links_in_the_pooled_form_have_stages_and_ranges_of_their_steps(tmp_path: Path):
-    """Links in the pooled form share their steps. The quadratic neck calls its links one by one."""
+    """In the pooled form, each step runs for all links together, so that the stages are the steps.
+
+    The quadratic neck calls its links one by one, so that each link is a stage.
+    """
     steps = ["sources", "key sides", "query sides", "merge"]
     rows = profile(
         tmp_path, "--resolution", "32", "--neck", "srm", "quadratic", "--backend", "reference", "--trace"
@@ -313,7 +316,7 @@ def test_a_training_step_moves_the_parameters():
 def test_gradients_are_a_part_of_every_peak(direction: str):
     """The peak of every call includes the gradients.
 
-    Gradients left over from one call would lower the peak of the next call.
+    If the gradients of one call were kept, the next call would not allocate them, and its peak would be lower.
     """
     subject = Subject(Case("neck", "test_convnext", "none", None, 32, 1, "fp32", direction), CONFIG, CPU)
     gradients = 4 * sum(parameter.numel() for parameter in subject.module.parameters())

@@ -33,7 +33,8 @@ def make_run(
 ) -> Path:
     """Write a plausible run with `count` test images.
 
-    Attacks push scores away from the labels, further at larger budgets.
+    Attacks lower the scores of images with labels above the median and raise the other scores. At larger budgets, they
+    change the scores more.
     """
     rng = np.random.default_rng(seed)
     dataset = {

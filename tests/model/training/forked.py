@@ -38,8 +38,9 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: bool = True) -> None:
     """Run `function(*arguments)` on every rank; fail unless all ranks succeed.
 
-    Every rank has the environment variables of torchrun. With `join`, the ranks first join a Gloo process group.
-    Without `join`, `function` must do so.
+    Every rank has the environment variables that torchrun sets. With `join`, every rank joins a Gloo process group
+    before it calls `function`. Without `join`, `function` must join a process group itself, and a rank succeeds only if
+    `function` returns 0 or None.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

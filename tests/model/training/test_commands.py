@@ -50,7 +50,11 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
 
 
 def test_of_two_trainings_started_together_one_trains(tmp_path: Path, capfd, monkeypatch):
-    """Check that the other ends with an error message, and that config, weights and evaluation have the same seed."""
+    """Start two trainings with different seeds in the same folder; one must finish and the other must be refused.
+
+    The refused training ends with an error message. Config, weights, evaluation and stored command are those of the
+    training that finishes.
+    """
     data, out = write_set(tmp_path / "data"), tmp_path / "out"
     forking = multiprocessing.get_context("fork")
     together, refused = forking.Barrier(2), forking.Event()
@@ -95,13 +99,14 @@ def test_every_rank_ends_where_another_process_writes(tmp_path: Path, capfd):
 def without_figures(text: str) -> str:
     """Replace the decimal numbers of a text by #.
 
-    Different splits of a batch round differently, and a rank correlation can jump because of a rounding error.
+    The numbers depend on how a batch is split, because rounding errors differ. Even a rank correlation can change: a
+    small error can swap the ranks of two images.
     """
     return re.sub(r"−?\d+\.\d+|undefined", "#", text)
 
 
 def check_evaluated(one: Path, other: Path) -> None:
-    """Check that two trainings were evaluated on the same images. Their scores can differ because of rounding."""
+    """Check that two trainings were evaluated on the same images. Scores are not compared, because rounding differs."""
     found, expected = (read_json(folder / "evaluation.json") for folder in (other, one))
     assert (found.keys(), found["mos"]) == (expected.keys(), expected["mos"])
 
@@ -110,7 +115,8 @@ def check_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     """Check that the models of two states agree up to the effect of rounding on Adam.
 
     Adam divides a gradient by its own magnitude. If a gradient is only rounding error, a step can still be as large as
-    the learning rate, in either direction. Six steps of 1e-3 can therefore differ by 2 · 6 · 1e-3 = 1.2e-2.
+    the learning rate, in either direction. After six steps with a learning rate of 1e-3, two weights can therefore
+    differ by 2 · 6 · 1e-3 = 1.2e-2.
     """
     assert one.keys() == other.keys()
     for name, value in one.items():

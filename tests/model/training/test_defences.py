@@ -1,4 +1,4 @@
-"""Test the defences of training, and that an interrupted run gives the same result."""
+"""Test training with defences, and test that an interrupted training ends with the same result as a full one."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(loop, "adversarial", spy)
     fit(tmp_path, config)
-    assert seeds == [(0, epoch, index, 0, 0) for epoch in range(2) for index in range(5)]  # rank, micro-batch
+    # The five numbers are the seed of the config, the epoch, the batch, the rank and the micro-batch.
+    assert seeds == [(0, epoch, index, 0, 0) for epoch in range(2) for index in range(5)]
     for images, attacked in seen:
         assert 0.04 < (attacked - images).abs().max() <= 0.05
         assert attacked.is_contiguous(memory_format=torch.channels_last)
@@ -174,7 +175,7 @@ def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyP
 def test_the_budget_rises_linearly_during_its_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Check the budget of every step. An epoch has five steps.
 
-    The warm-up takes one epoch, with 1/5 to 5/5 of the budget. The second epoch uses the full budget.
+    The warm-up is the first epoch: its steps use 1/5, 2/5, …, 5/5 of the budget. The second epoch uses the full budget.
     """
     config = CONFIG.replace(adversarial_eps=0.05, adversarial_steps=2, adversarial_warmup=1, epochs=2)
     largest: list[float] = []

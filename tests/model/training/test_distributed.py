@@ -85,10 +85,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_equal(one: Path, other: Path) -> None:
     """Check that the histories and states of two trainings agree up to the rounding of scores to fp32.
 
-    Model and optimiser are fp64, so that another order of summation changes a sum by about 1e-16. Scores are rounded
-    to fp32 before the squared error; the relative rounding error is at most 6e-8. Two nearly equal scores can be
-    rounded in different directions. The gradients, and then the six steps, differ by about the same ratio. The
-    tolerance of 1e-6 lets these differences add up.
+    Model and optimiser are fp64, so another order of summation changes a sum by a relative error of only about 1e-16.
+    But before the squared error is computed, scores are rounded to fp32, with a relative error of at most 6e-8. If the
+    scores of an image differ slightly between the two trainings, they can be rounded in different directions. The
+    gradients of a step can then have a relative difference of about 6e-8 too. These differences add up over six steps,
+    so the tolerance is 1e-6.
     """
     histories = [
         [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -125,7 +126,7 @@ def test_two_processes_are_the_same_training(
 
 
 def test_statistics_move_on_and_losses_act(whole: Path):
-    """Check that the compared buffers change during training and that the compared losses are not zero."""
+    """Check that `check_equal` compares values that matter: buffers change during training, and losses are not zero."""
     start, end = model().state_dict(), load_file(whole / "state.safetensors")
     for name, value in start.items():
         if name.endswith(BUFFERS):
@@ -232,7 +233,7 @@ def test_a_plain_loop_under_ddp_gets_the_whole_batch_too(tmp_path: Path):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            # fp64 sums in another order; the derivative of attention amplifies the rounding errors
+            # The order of summation in fp64 differs. The derivative of attention amplifies the rounding errors.
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 

@@ -53,7 +53,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_same(folder: Path, whole: Path) -> None:
-    """Check that a folder equals that of an uninterrupted training, except for times. Weights must be bitwise equal."""
+    """Check that `folder` has the same results as `whole`, the folder of an uninterrupted training, except for times.
+
+    Weights and training states must be bitwise equal.
+    """
     for name in ("model.safetensors", "state.safetensors"):
         a, b = load_file(whole / name), load_file(folder / name)
         assert a.keys() == b.keys()
@@ -77,7 +80,7 @@ def test_killed_at_five_random_moments(whole: Path, tmp_path: Path):
     draw = random.Random(0)
     for _ in range(5):
         process = start(lambda: fit(tmp_path, train_set=SlowSet(delay=0.005)) and None)
-        for _ in range(draw.randint(1, 4)):  # few saves, so that the training of 30 steps does not end
+        for _ in range(draw.randint(1, 4)):  # few saves, because every kill must come before step 30
             wait_for_another(tmp_path / "state.safetensors")
         time.sleep(draw.uniform(0, 0.02))  # a step takes about 0.02 s
         process.kill()
@@ -92,7 +95,7 @@ def test_killed_at_five_random_moments(whole: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("moment", range(5))
 def test_killed_inside_a_save(whole: Path, tmp_path: Path, moment: int):
-    """Check that a training resumes after SIGKILL at each point between the operations of a save."""
+    """Send SIGKILL to a training directly after one operation of a save, and check that the training resumes."""
     names = [
         (state, "plain_tensors"),
         (state, "save_file"),
@@ -270,7 +273,7 @@ def test_a_vanished_image_is_named(whole: Path, tmp_path: Path, workers: int):
         fit(tmp_path, train_set=images, workers=workers, save_every=None)
     assert (
         not multiprocessing.active_children()
-    )  # the error still exists and must not keep workers alive: Python's exit would wait for them
+    )  # the error object still exists, but must not keep workers alive: Python would wait for them at exit
     stored = state.read_state(tmp_path)
     assert stored is not None
     assert len(stored.values["history"]) == 1
@@ -377,7 +380,7 @@ def test_a_loss_scaler_skips_two_bad_losses_in_a_row(tmp_path: Path):
     model = Spoiling(half(), {1, 2, 5, 6})
     history = fit(tmp_path, model, config=half())
     skipped = [row["skipped_steps"] for row in history]
-    assert skipped[0] >= 2  # the scaler's initial scale can be too large as well
+    assert skipped[0] >= 2  # more than 2 if the scaler's initial scale is too large
     assert skipped[1:] == [2, 0]
     assert model.calls.count("clamp") == 15 - sum(skipped)
     assert all(row["loss"] > 0 for row in history)  # mean loss of the steps that were not skipped
@@ -396,7 +399,10 @@ def test_three_bad_losses_in_a_row_end_the_training_with_the_files_names(tmp_pat
 
 def test_gradients_that_overflow_in_fp16_lower_the_scale_until_they_do_not(tmp_path: Path):
     class Steep(ToyModel):
-        """A model with a finite loss whose scaled gradient overflows in fp16 until the scale is 16 times smaller."""
+        """A model whose loss is finite, but whose scaled gradient overflows in fp16.
+
+        The gradient is finite once the scale is 32 times smaller than the initial scale.
+        """
 
         def forward(self, images: torch.Tensor, return_losses: bool = False) -> Any:
             output = super().forward(images, return_losses)

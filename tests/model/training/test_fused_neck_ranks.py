@@ -1,8 +1,9 @@
-"""Test that a neck with Triton kernels has the same gradients, σ̄ and M₀ on two processes and in micro-batches.
+"""Test that gradients, σ̄ and M₀ of a neck with Triton kernels do not depend on how a batch is split.
 
-Without a GPU, the kernels run in Triton's interpreter. Processes and micro-batches change the order of summation. The
-tolerance for gradients is therefore 64 fp32 units of the largest gradient, and for buffers 64 units of the largest
-buffer.
+A batch is split across two processes, into micro-batches, or both. The tests run only without a GPU, so the kernels run
+in Triton's interpreter. Splitting a batch changes the order of summation. Therefore, gradients may differ by 64 fp32
+eps times the largest absolute value of all gradients, and buffers by 64 fp32 eps times the largest absolute value of
+all buffers.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def make_neck() -> SRMNeck:
 
 
 class Checkpointed(nn.Module):
-    """Gradient checkpointing of the neck: the backward pass repeats the forward pass of the neck.
+    """A neck with gradient checkpointing: the backward pass repeats the forward pass of the neck.
 
-    The multiplication after the neck saves a tensor. The repeated pass therefore runs to the end of the neck.
+    The repeated pass stops when it has recomputed the last tensor that the backward pass needs. The multiplication
+    after the neck saves such a tensor, so the repeated pass runs to the end of the neck.
     """
 
     def __init__(self, neck: SRMNeck) -> None:
@@ -135,7 +137,10 @@ def test_micro_batches_are_the_same_step(whole: dict[str, Tensor]):
 
 @pytest.mark.parametrize(("parts", "again"), [(1, False), (2, False), (1, True)])
 def test_two_processes_are_the_same_step(whole: dict[str, Tensor], tmp_path: Path, parts: int, again: bool):
-    """Check also gradient checkpointing (`again`), where the repeated pass does not communicate between processes."""
+    """Compare two processes with one process, also with gradient checkpointing (`again`).
+
+    With gradient checkpointing, the repeated forward pass does not communicate between processes.
+    """
     on_ranks(2, write, tmp_path, parts, again)
     for rank in range(2):
         agree(torch.load(tmp_path / f"{rank}.pt"), whole)

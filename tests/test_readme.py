@@ -58,7 +58,7 @@ def test_measured_figures_are_those_of_the_rows(page: str):
     assert pages.filled(text, ROOT / "bench/results/cpu") == text
 
 
-def test_every_measured_table_is_told():
+def test_every_measured_table_is_reported():
     pages_of_rows = ("docs/BENCHMARKS.md", "docs/TRAINING.md")
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages_of_rows)
     assert [name for name in pages.BLOCKS if f"<!-- rows: {name} -->" not in text] == []

@@ -31,7 +31,7 @@ def test_every_solver_is_among_its_calls():
         assert call().shape == (2, 4, 3)
 
 
-def test_an_aim_that_is_missed_is_told():
+def test_an_aim_that_is_missed_is_reported():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert conditioning.missed({"svd": 10.0, "cholesky": 2.1}, cpu, 64)
     assert not conditioning.missed({"svd": 10.0, "cholesky": 1.9}, cpu, 64)

@@ -39,7 +39,7 @@ from srm_kernels import (
 from srm_kernels.landmarks import LANDMARK_METHODS
 
 # Only backend="triton" calls this operator. test_triton_attention.py tests it.
-KERNELS_ROAD = {"srm::landmark_attention"}
+KERNEL_ONLY = {"srm::landmark_attention"}
 
 
 def attention(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -200,7 +200,7 @@ def test_every_registered_operator_is_reached_by_the_public_functions_and_passes
     recorder = record(torch.float64)
     reached = {op.name().split(".")[0] for op in recorder.calls}
     registered = {name.split(".")[0] for name in fresh_import["operators"]}
-    assert reached == {name for name in registered if name.removesuffix("_backward") not in KERNELS_ROAD}
+    assert reached == {name for name in registered if name.removesuffix("_backward") not in KERNEL_ONLY}
     for op, calls in recorder.calls.items():
         args, kwargs = calls[0]
         name = op.name().split(".")[0]

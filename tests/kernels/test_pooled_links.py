@@ -573,7 +573,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_bad_input_is_said_at_the_door(message):
+def test_bad_input_is_rejected_before_any_launch(message):
     kind, changed = WRONG[message]
     with pytest.raises(kind, match=message):
         wrong(**changed)

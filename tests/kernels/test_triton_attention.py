@@ -612,7 +612,7 @@ def test_without_the_interpreter_the_reason_names_it(monkeypatch):
 # Operators in PyTorch: opcheck, compile, export and vmap
 
 
-def test_opcheck_of_the_kernels_road():
+def test_opcheck_of_the_operator_with_kernels():
     q, k, v = (x.requires_grad_() for x in inputs(22, b=1, h=2, nq=5, nk=9, d=8))
     tau = torch.tensor([0.5, 2.0], device=DEVICE, requires_grad=True)
     side = (k, v, None, 4, "leverage", 1e-3, 0.3, "keys")

@@ -972,7 +972,7 @@ def test_a_study_that_does_not_fit_is_one_sentence(tmp_path: Path, change: dict[
     assert "\n" not in str(caught.value)
 
 
-def test_a_backbone_that_is_not_there_is_told_before_training(
+def test_a_backbone_that_is_not_there_is_reported_before_training(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     text = (place / "study.toml").read_text().replace('"test_convnext"', '"test_convnxt"')

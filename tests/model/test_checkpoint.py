@@ -90,7 +90,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint_or_the_new_one(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_weights_file_is_told(tmp_path: Path):
+def test_a_damaged_weights_file_is_reported(tmp_path: Path):
     save_model(Small(), tmp_path, card=CARD)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()

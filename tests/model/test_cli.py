@@ -359,7 +359,7 @@ def test_report_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "none" in page
 
 
-def test_a_data_set_that_changed_since_training_is_told(
+def test_a_data_set_that_changed_since_training_is_reported(
     run: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     import shutil
@@ -716,7 +716,7 @@ def test_a_set_is_synthesised_by_the_command(data: Path, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("quiet", [[], ["--no-progress"]])
 @pytest.mark.parametrize("action", ["check", "synthesize"])
-def test_checking_shows_a_bar_unless_told(
+def test_checking_shows_a_bar_unless_switched_off(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, quiet: list[str]
 ):
     from srm_model.data import base

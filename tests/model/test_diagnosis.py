@@ -207,7 +207,7 @@ def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
     assert ", r = 8. Every link" in " ".join(page.split())
 
 
-def test_no_more_landmarks_are_told_than_there_are_keys(batches):
+def test_no_more_landmarks_are_reported_than_there_are_keys(batches):
     """An image of 128×128 pixels has only 16 keys. With a rank of 64, the page therefore reports 16 landmarks."""
     many = build_model("test_convnext", config=SMALL.replace(rank=64))
     found = diagnose(many, batches[1:], pictured=0)
@@ -216,7 +216,7 @@ def test_no_more_landmarks_are_told_than_there_are_keys(batches):
     assert "r = 16 instead of 64, because there are no more keys" in page
 
 
-def test_a_figure_that_is_not_finite_is_told_as_infinite(found):
+def test_a_figure_that_is_not_finite_is_shown_as_infinite(found):
     broken = json.loads(json.dumps(found))
     broken["table"]["no ridge"]["kappa"]["max"] = math.inf
     broken["table"]["no ridge"]["residual"]["max"] = None

@@ -174,7 +174,7 @@ class Calling(nn.Module):
 
 
 @pytest.mark.parametrize("around", HIDING)
-def test_an_uncalibrated_neck_is_told_of_whatever_is_around_it(around):
+def test_an_uncalibrated_neck_is_reported_whatever_wraps_it(around):
     config = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=32)
     images = batch(2, side=32)
     for calibrated in (False, True):

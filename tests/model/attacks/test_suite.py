@@ -427,7 +427,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, changes, words):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_batch_whose_file_is_gone_is_attacked_again_and_one_that_is_not_whole_is_told(
+def test_a_batch_whose_file_is_gone_is_attacked_again_and_one_that_is_not_whole_is_reported(
     tmp_path, monkeypatch
 ):
     whole = run(resume=tmp_path)
@@ -454,7 +454,7 @@ def test_a_batch_whose_file_is_gone_is_attacked_again_and_one_that_is_not_whole_
         assert "\n" not in str(caught.value)
 
 
-def test_a_file_in_place_of_the_resume_folder_is_told(tmp_path):
+def test_a_file_in_place_of_the_resume_folder_is_reported(tmp_path):
     (tmp_path / "attacks.json").write_text("[]")
     with pytest.raises(ValueError, match=r"attacks\.json is a file; expected a folder"):
         run(resume=tmp_path / "attacks.json")

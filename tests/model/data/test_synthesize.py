@@ -412,7 +412,7 @@ def test_a_set_of_opinions_says_what_they_are(tmp_path, numbered, opinions):
         synthesize(tmp_path / "set", photographs=numbered, metric="ssim", crop=(80, 64), **OPINIONS)
 
 
-def test_what_type_and_level_alone_predict_is_told(tmp_path, numbered, opinions):
+def test_what_type_and_level_alone_predict_is_reported(tmp_path, numbered, opinions):
     """`type_level_srocc` is 1 if scores depend almost only on type and level.
 
     It is -1 if the test scores are reversed.

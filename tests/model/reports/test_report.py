@@ -317,7 +317,7 @@ def test_every_loss_part_of_a_training_with_defences_has_a_styled_legend_entry(r
     assert all(f".{name} {{ color" in STYLE for name in looks)
 
 
-def test_report_goes_where_it_is_told(run_folder, tmp_path):
+def test_report_goes_where_the_caller_asks(run_folder, tmp_path):
     folder = run_folder(budgets=(), necks=("none",))
     assert write_report(folder) == folder / "report.html"
     elsewhere = tmp_path / "made" / "page.html"

@@ -223,7 +223,7 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pyt
     check_same(tmp_path, whole)
 
 
-def test_a_write_that_fails_inside_safetensors_is_told_too(tmp_path: Path):
+def test_a_write_that_fails_inside_safetensors_is_reported_too(tmp_path: Path):
     def limited() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
         try:
@@ -301,7 +301,7 @@ def test_a_vanished_image_of_validation_is_named_and_the_epoch_s_training_kept(
     check_same(tmp_path, whole)
 
 
-def test_a_killed_worker_is_told(whole: Path, tmp_path: Path):
+def test_a_killed_worker_is_reported(whole: Path, tmp_path: Path):
     images = Breaking(tmp_path / "mended", "killed")
 
     def train_until_killed() -> int:
@@ -321,7 +321,7 @@ def test_a_killed_worker_is_told(whole: Path, tmp_path: Path):
     check_same(tmp_path, whole)
 
 
-def test_a_worker_killed_while_a_checkpoint_is_judged_is_told(tmp_path: Path):
+def test_a_worker_killed_while_a_checkpoint_is_judged_is_reported(tmp_path: Path):
     class Deadly(ToySet):
         def __getitem__(self, index: int) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -28,7 +28,7 @@ FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
 
 def torch_folder() -> Path | None:
-    """Return the folder of torch in site-packages, or None if it lacks the headers of the stable ABI."""
+    """Return the folder of torch in site-packages, or None if torch or the headers of its stable ABI are missing."""
     for scheme in ("purelib", "platlib"):
         folder = Path(sysconfig.get_path(scheme)) / "torch"
         if (folder / "include/torch/csrc/stable/library.h").is_file():
@@ -80,7 +80,7 @@ class BuildLibrary(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """Return the library as an extension, or an empty list after printing why it cannot be built."""
+    """Return a list with the library as an extension, or print why it is not built and return an empty list."""
     wanted = os.environ.get("SRM_BUILD_EXT", "")
     reason = "SRM_BUILD_EXT=0" if wanted == "0" else _obstacle()
     if reason is None:

@@ -2,9 +2,9 @@
 
 Bare passes are the forward and backward passes that an attack needs, without the other work of the attack.
 The attack and its bare passes are timed in alternation on the same batch. No gradients of the weights are
-computed. The throughput is computed from the median time of a call. This is CPU time on a CPU with one
-thread, and wall-clock time on a CPU with several threads or on a GPU. On a GPU, the clock is read when the
-GPU has finished.
+computed. The throughput is computed from the median time of a call. The time of a call is CPU time on a CPU
+with one thread, and wall-clock time on a CPU with several threads or on a GPU. On a GPU, the clock is read
+when the GPU has finished.
 
 The overhead is the shortest time of the attack divided by the shortest time of the bare passes, minus 1. On a
 GPU, the shortest time is the wall-clock time of the fastest call. On a CPU, other processes disturb some
@@ -13,7 +13,7 @@ every call, and the shortest time of each step over all calls is taken. The sum 
 steps is used as the shortest time of a call. An attack also does work once per call, such as drawing the
 random start. The overhead is therefore smaller with more steps.
 
-By default an attack has 20 steps and 1 restart; the article uses 40 steps and 5 restarts. On a CPU, glibc is set to
+An attack has 1 restart and, by default, 20 steps; the article uses 5 restarts and 40 steps. On a CPU, glibc is set to
 keep freed memory between calls, as in `srm-iqa attack`.
 """
 
@@ -179,7 +179,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line per row; mark PGD if its overhead exceeds the limit."""
+    """Print a line per row; mark each row of a PGD attack whose overhead exceeds the limit in `LIMITS`."""
     made = parser("attacks", __doc__)
     made.add_argument("--device", default=DEVICE)
     made.add_argument("--backbones", nargs="+", default=["test_convnext"])

@@ -7,12 +7,13 @@
 - `reference`: Nyström attention in eager PyTorch, with Cholesky as the solver;
 - `svd`: the same as `reference`, with `torch.linalg.svd` as the solver;
 - `torch`: Nyström attention by two calls of torch's fused attention, Y = SDPA(Q, K̃, X) and R V = SDPA(K̃, K, V), with
-  torch's Cholesky;
+  Cholesky as the solver (on a CPU in C++, if this package's C++ library is built);
 - with --compile, also each implementation, including `default`, under `torch.compile`.
 
 All implementations are timed in alternation: each round calls every implementation once. The results are
-ratios of median times of one run. Do not compare times of different runs. A GPU is timed with CUDA events
-around queued calls. A CPU is timed by CPU time if torch has one thread, else by wall-clock time.
+ratios of median times of one run. Do not compare times of different runs, because the speed of the machine can
+change between runs. On a GPU, the calls are queued, and CUDA events measure the time of each call. On a CPU,
+CPU time is measured if torch uses one thread, otherwise wall-clock time.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def rivals(options: argparse.Namespace) -> dict[str, Attention]:
 
 
 def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") -> Attention:
-    """Return attention as plain PyTorch code, because torch.compile does not trace into custom operators.
+    """Return a function that computes attention without custom operators, so that torch.compile can trace into it.
 
     The returned function chooses the landmarks and then calls `function`, the body of a custom operator.
     """

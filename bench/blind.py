@@ -193,8 +193,8 @@ def cell(value: float, replicates: Scores) -> str:
 def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> list[str]:
     """Return the table as lines of text, with a line for each model.
 
-    The cell of a model and a budget has a result only if all batches are attacked. Until then, the cell has the number
-    of attacked images.
+    The cell of a model and a budget has a result only if all batches are attacked. If only some batches are attacked,
+    the cell has the number of attacked images. If the attack on a batch failed, the cell has "error".
     """
     count = min(bench.images, len(bench.test))
     size = bench.test.image_size

@@ -1,9 +1,8 @@
 """Search for sets of keys that violate the bounds of docs/CONDITIONING.md.
 
-The search draws sets of 2r keys. The keys of a set are either normalised or not. The first r keys of a set
-are the landmarks K̃ (r, d). Let W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r and W_λ = W + λI. D is the diagonal
-matrix of the row sums of exp(K̃K̃ᵀ/√d), and S = D^½ W D^-½ is symmetric. For every set, these figures are
-computed in fp64:
+`search` draws sets of 2r keys. If `normalised` is True, the keys are also normalised. The first r keys of a set are
+the landmarks K̃ (r, d). Let W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r and W_λ = W + λI. D is the diagonal matrix of the
+row sums of exp(K̃K̃ᵀ/√d), and S = D^½ W D^-½ is symmetric. For every set, these `Figures` are computed in fp64:
 
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
 - `certificate`: κ₂(W_λ) divided by its bound ϱ(1 + λ)/λ, where ϱ is the largest row sum divided by the smallest;
@@ -96,12 +95,14 @@ def normalise(keys: Tensor) -> Tensor:
 
 
 def evaluate(keys: Tensor, ridge: float, generator: torch.Generator) -> Figures:
-    """Compute the figures of n key sets. The figures are differentiable with respect to the keys.
+    """Compute the `Figures` of n key sets.
+
+    All figures are differentiable with respect to the keys.
 
     Args:
         keys: Keys (n, 2r, d).
         ridge: λ₀.
-        generator: Source of V.
+        generator: Source of the random values V.
     """
     count, both, d = keys.shape
     r = both // 2
@@ -134,9 +135,9 @@ def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) ->
     Args:
         keys: Keys (n, 2r, d) to start from.
         case: Case with an objective.
-        normalised: Whether the keys are normalised before the figures are computed.
+        normalised: Whether the keys are normalised before their `Figures` are computed.
         steps: Number of steps of Adam.
-        seed: Seed of V.
+        seed: Seed of the random values V.
 
     Returns:
         Keys (n, 2r, d). For each set, these are the last keys at which the gradient was finite.
@@ -171,11 +172,11 @@ def cases(count: int) -> Iterator[tuple[Case, int]]:
 
 
 def search(count: int, *, normalised: bool, steps: int = 25, seed: int = 0) -> Iterator[tuple[Case, Figures]]:
-    """Yield the figures of `count` key sets, case by case.
+    """Yield each case with the `Figures` of its key sets.
 
     Args:
-        count: Total number of key sets.
-        normalised: Whether the keys are normalised before the figures are computed.
+        count: Number of key sets of all cases together.
+        normalised: Whether the keys are normalised before their `Figures` are computed.
         steps: Number of steps of the gradient ascent.
         seed: Seed of all random numbers.
     """

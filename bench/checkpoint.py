@@ -2,14 +2,15 @@
 
 The command runs these steps. A finished step is not repeated; an interrupted step is resumed.
 
-1. Distort the Kodak photographs and label them with TID2013's opinions, into OUT/data.
-2. Train the necks srm and none with the recipe, into OUT/run.
-3. Convert the weight matrices of both checkpoints to fp16, into OUT/packed.
+1. Distort the Kodak photographs, label the results with TID2013's opinions, and write them to OUT/data.
+2. Use the recipe to train one model with the neck srm and one with the neck none. Write the checkpoints to OUT/run.
+3. Convert the weight matrices of both checkpoints to fp16, and write the packed checkpoints to OUT/packed.
 4. Evaluate and attack the packed checkpoints, and audit the packed srm checkpoint.
-5. Write OUT/results.jsonl, OUT/table.md and OUT/shipped. The files of OUT/shipped are for srm_model/shipped.
+5. Write OUT/results.jsonl, OUT/table.md and OUT/shipped. To ship the packed srm checkpoint with the package, copy the
+   files of OUT/shipped to srm_model/shipped.
 
 The recipe is a JSON file with fields of SRMConfig. The attacks are those of the suite `paper`. Their budgets
-are the recipe's field eps_linf_tables, unless --eps gives other budgets.
+come from the field eps_linf_tables of the trained model's config, unless --eps gives other budgets.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def _evaluate(options: argparse.Namespace, root: Path, folder: Path) -> None:
 
 
 def _audited(folder: Path, config: SRMConfig, eps: float, images: int) -> bool:
-    """Return whether the folder has an audit of its weights with these settings."""
+    """Return whether the folder has an audit of its current weights with this budget, image count and attack config."""
     path = folder / "audit.json"
     found = read_json(path) if path.is_file() else {}
     images = min(images, len(read_json(folder / EVALUATION)["names"]))
@@ -189,8 +190,8 @@ def _audited(folder: Path, config: SRMConfig, eps: float, images: int) -> bool:
 def _difference(trained: Path, packed: Path) -> float | None:
     """Return the largest change of a test image's score due to packing, or None if it cannot be computed.
 
-    It cannot be computed if `trained` has no scores of the same images, computed with the weights before
-    packing.
+    The change cannot be computed if `trained` has no evaluation of its current weights on the same test images as the
+    evaluation of `packed`.
     """
     path = trained / EVALUATION
     before = read_json(path) if path.is_file() else {}
@@ -201,7 +202,7 @@ def _difference(trained: Path, packed: Path) -> float | None:
 
 
 def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
-    """Write the rows, the table, and the folder OUT/shipped with its model card."""
+    """Write OUT/results.jsonl, OUT/table.md, and the folder OUT/shipped with its model card."""
     rows: list[dict[str, Any]] = []
     lines = []
     for neck in NECKS:

@@ -4,19 +4,22 @@ The exit code is 1 if the candidate is slower. Measurements are repeated in `--s
 processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2). All processes make the
 same inputs. Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
 
-A set has several rounds. A round times each of the four processes once, in the order ABBA or BAAB. The order
-is random. In both orders, a steady change of the machine's speed affects A and B equally. Each process uses
-one thread, and a CPU is timed by CPU time, which other processes barely affect. If OMP_NUM_THREADS sets
-several threads, a CPU is timed by wall-clock time instead. Each round gives two differences. In their
-formulas, A1, A2, B1 and B2 stand for the logarithms of the times of the four processes:
+A set has several rounds. A round times each of the four processes once, in the order ABBA or BAAB, where A is a process
+of the base and B is a process of the candidate. The order of each round is random. In both orders, a steady change of
+the machine's speed affects A and B equally. By default, each process uses one thread, and times on a CPU are CPU times,
+which other processes barely affect. If the environment variable OMP_NUM_THREADS sets several threads, times on a CPU
+are wall-clock times. Each round gives two differences. In their formulas, A1, A2, B1 and B2 stand for the logarithms of
+the times of the four processes:
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
-The change and the null of a set are the medians over its rounds. The null compares copies of the same version, so the
-null differs from 0 only by chance. If the candidate is as fast as the base, the distribution of the change is symmetric
-around 0. Wilcoxon's signed-rank test of the change is then exact.
+The change of a set is the median of `change` over the rounds of the set. The null of a set is the median of `null`
+over these rounds. The null compares copies of the same version, so the null differs from 0 only by chance. If the
+candidate is as fast as the base, the distribution of the change is symmetric around 0. Wilcoxon's signed-rank test of
+the change is then exact.
 
-A run prints one line for each operator, family and direction. The line has four values, as ratios of times:
+A run prints one line for each operator, family and direction. The line has four values. They are computed from the
+changes and nulls, which are differences of logarithms, and are printed as ratios of times:
 
 - `ratio`: the Hodges-Lehmann estimate of the change over all sets;
 - `low` and `high`: the ends of the signed-rank interval of the change;
@@ -24,7 +27,7 @@ A run prints one line for each operator, family and direction. The line has four
   cannot be detected.
 
 SLOWER is printed if `low` exceeds 1 plus the tolerance (`--tolerance`) and `ratio` exceeds `noise`. The
-probability that a run wrongly prints SLOWER on any line is at most 1 % (Bonferroni correction). Times of
+probability that a run wrongly prints SLOWER on at least one line is at most 1 % (Bonferroni correction). Times of
 different runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
@@ -55,7 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETS = 20
 ROUNDS = 4
 TOLERANCE = 0.05  # largest accepted slowdown, relative
-ALPHA = 0.01  # largest probability that any interval of the change in a run misses the true change
+ALPHA = 0.01  # largest probability that at least one interval of the change in a run misses the true change
 COPIES = ("A1", "B1", "B2", "A2")
 _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); import srm_kernels; sys.path.insert(0, sys.argv[2]); "
@@ -170,7 +173,7 @@ class Worker:
         )
 
     def prepare(self, request: dict[str, Any]) -> Measure:
-        """Prepare an operator and return a function that measures it in milliseconds.
+        """Prepare an operator, and return a function that measures the operator's time in milliseconds.
 
         Raises:
             NumericsError: The operator cannot run, or its results are wrong.
@@ -224,8 +227,8 @@ class Line:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line per operator, family and direction, and return the exit code.
 
-    The exit code is 1 if the candidate is slower on at least one line, 130 after Ctrl-C, and 0 otherwise. It
-    is 2 if no operator could be compared or if an argument is not accepted.
+    The exit code is 1 if the candidate is slower on at least one line, 2 if no operator could be compared or an
+    argument is not accepted, 130 after Ctrl-C, and 0 in all other cases.
     """
     options = _options(arguments)
     try:

@@ -11,9 +11,9 @@ targets:
 - on a GPU, this solver is also at least twice as fast as LU and Cholesky of torch.linalg, at every r;
 - the default solver takes at most 30 % of the time of Nyström attention.
 
-`--search` times nothing. It searches for sets of keys that violate a bound of docs/CONDITIONING.md, and exits with 1 if
-it finds any. `--out` writes JSON lines; the first line describes the machine. Times are written after each size, so all
-finished sizes are kept after Ctrl-C.
+With `--search`, the program does not measure times. It searches for sets of keys that violate a bound of
+docs/CONDITIONING.md, and exits with 1 if it finds any. `--out` writes JSON lines; the first line describes the machine.
+Times are written after each size, so all finished sizes are kept after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
 
 
 def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
-    """Return a dictionary from names to solvers. The solvers of the Triton kernels are named `solver@triton`."""
+    """Return a dictionary from names to solvers. The names of the Triton kernels' solvers end with `@triton`."""
 
     def solve(solver: str, backend: str) -> Tensor:
         return landmark_solve(logits, rhs, solver=solver, backend=backend).x
@@ -94,9 +94,10 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
 def best(functions: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
     """Time calls alternately (first, second, …, first, second, …); return the shortest time of each in ms.
 
-    The shortest time is used instead of the median, because other work on the machine can only add time. On a
-    GPU, a measurement is the mean time of `QUEUED` calls in a row. There are two exceptions for a call that
-    takes longer than 0.1 s: it is measured only twice, and each measurement times a single call.
+    The shortest time is used instead of the median, because other work on the machine can only add time. Each call is
+    measured `repeats` times. On a CPU, a measurement is the time of one call; on a GPU, it is the mean time of `QUEUED`
+    calls in a row. A call that takes longer than 0.1 s is measured at most twice, and each of its measurements is the
+    time of one call, also on a GPU.
     """
     first = {name: milliseconds(call, device, 1) for name, call in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -220,7 +221,10 @@ def print_search(normalised: bool, count: int, rows: list[dict[str, Any]]) -> No
 
 
 def main() -> int:
-    """Time the solvers or search; return 1 if a bound is violated, 130 if Ctrl-C stops the timing, else 0."""
+    """Time the solvers, or search for violated bounds; return the exit status.
+
+    The exit status is 1 if the search finds a violated bound, 130 if Ctrl-C stops the timing, and 0 otherwise.
+    """
     made = parser("conditioning", __doc__)
     made.add_argument("--search", action="store_true", help="search for keys that exceed the bounds")
     made.add_argument(

@@ -1,9 +1,9 @@
 """Compare the `srm` neck with the quadratic neck on one thread of a CPU: `python -m bench.cpu_neck`.
 
 The necks are measured without a backbone, in fp32 and with one image. Their inputs are random maps of the
-sizes that a backbone produces. The quadratic neck uses scaled_dot_product_attention. In one run, the necks
-are called alternately, and times are medians of CPU time. Memory is the peak memory that a call allocates.
-This memory includes the gradients of a backward pass, but not the maps and the parameters. The row
+sizes that a backbone produces. The quadratic neck uses scaled_dot_product_attention. The necks of a comparison
+are called alternately in one process, and times are medians of CPU time. Memory is the peak memory that a call
+allocates. This memory includes the gradients of a backward pass, but not the maps and the parameters. The row
 `srm, not compiled` is the `srm` neck without the compiled library of csrc/. `!` marks a missed target.
 """
 
@@ -48,7 +48,7 @@ def not_compiled(call: Call) -> Call:
 
 
 def compare(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each neck: time and memory, and the ratio of each to that of the quadratic neck."""
+    """Return a row for each neck: time, memory, and their ratios to the time and memory of the quadratic neck."""
     maps = maps_of(options.backbone, side, 1, options)
     quadratic = neck_of(options.backbone, options, attention="full")
     call = call_of(neck_of(options.backbone, options), maps, options.direction)

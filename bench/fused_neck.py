@@ -117,8 +117,8 @@ def neck_of(
 def call_of(neck: Any, maps: list[Tensor], direction: str) -> Call:
     """Return a function that runs the neck once.
 
-    If `direction` is "forward", the function runs the forward pass without gradients. If `direction` is "both", the
-    function runs forward and backward, with gradients of the maps and of the parameters.
+    If `direction` is "forward", the returned function runs the forward pass without gradients. If `direction` is
+    "both", it runs forward and backward, with gradients of the maps and of the parameters.
     """
 
     def forward() -> object:
@@ -278,7 +278,10 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def misses(row: dict[str, Any]) -> bool:
-    """Return whether a row misses its target for time or memory. Tests check the target for launches."""
+    """Return whether a row misses its target for time or memory.
+
+    The number of launches has a target too. This function does not check it; `tests/model/test_fused_neck.py` does.
+    """
     target = TARGETS.get((row["direction"], row["side"]))
     if target is None:
         return False

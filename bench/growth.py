@@ -136,7 +136,7 @@ def macs(sizes: Sizes, implementation: str) -> int:
 
 
 def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Call]:
-    """Return functions that run exact attention, and Nyström attention by each backend, on the same tensors."""
+    """Return a function for exact attention and one for each backend of Nyström attention, with the same inputs."""
     gradients = options.direction == "backward"
     shape = (sizes.B, sizes.H)
     inputs = attention_inputs(shape, sizes.N_q, sizes.N_k, sizes.d, options, gradients=gradients)
@@ -157,11 +157,11 @@ def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) ->
 
 
 def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace) -> list[Rows]:
-    """Measure every implementation at every point; return a list of rows for each point.
+    """Measure every implementation at every point (a `Sizes`); return a list of rows for each point.
 
-    If an implementation cannot run at a point, its row has an `error` with the reason. The calls of all
-    implementations at all points alternate. A slow change of the machine's speed therefore affects neither
-    ratios nor exponents.
+    A point has one row for each implementation. If an implementation cannot run with the sizes of the point, its row
+    has an `error` with the reason. The calls of all implementations at all points alternate. A gradual change of the
+    machine's speed therefore affects neither the ratios of times nor the exponents.
     """
     device, effort = torch.device(options.device), effort_of(options)
     rows: list[dict[str, dict[str, Any]]] = []
@@ -253,7 +253,8 @@ class Surface(NamedTuple):
     Attributes:
         keys: Values of N_k.
         batches: Values of B.
-        share: Dictionary from (N_k, B) to the ratio, or to None if one of the two implementations could not run.
+        share: Dictionary from (N_k, B) to the ratio of the two times, or to None if Nyström attention or exact
+            attention could not run.
         implementation: Name of the implementation of Nyström attention.
     """
 
@@ -264,7 +265,7 @@ class Surface(NamedTuple):
 
 
 def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
-    """Return a surface for each implementation of Nyström attention."""
+    """Return a `Surface` for each implementation of Nyström attention, from the rows of the crossover table."""
     rows = list(rows)
     times = {
         (row["N_k"], row["B"], row["implementation"]): None if row["error"] else row["typical"]
@@ -330,7 +331,11 @@ def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all sweeps and the crossover table, write rows, print tables; Ctrl-C keeps finished sweeps."""
+    """Measure the sweeps and the crossover table; write the rows and print tables.
+
+    Rows are written after each sweep and after each cell of the crossover table. After Ctrl-C, the tables show the rows
+    that are already written, and the function returns 130 instead of 0.
+    """
     options = _parser().parse_args(arguments)
     scale = SCALES[options.scale or ("gpu" if torch.device(options.device).type == "cuda" else "cpu")]
     backends = options.backends or available_backends()

@@ -51,7 +51,7 @@ def machine_with_load(device: str) -> dict[str, Any]:
 
 
 def write_lines(path: Path | None, lines: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines atomically; do nothing without a path."""
+    """Write JSON lines atomically; do nothing if `path` is None."""
     if path is not None:
         write_text(path, "".join(json_text(line) + "\n" for line in lines))
 
@@ -99,7 +99,7 @@ def timing_parser(name: str, description: str | None, **defaults: Any) -> argpar
 
 
 def effort_of(options: argparse.Namespace) -> Effort:
-    """Return the numbers of warm-up and measured calls, and the time limit, that the options set.
+    """Return the number of warm-up calls, the number of measured calls and the time limit, as given by the options.
 
     If the option `warmup` or `repeats` is None, the default of the device is used.
     """

@@ -43,8 +43,11 @@ WIDTHS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 class Launches(NamedTuple):
     """Number of launches of each kernel or operator in one call.
 
-    There are four groups: this package's own kernels; matrix products and convolutions of libraries; other
-    launches; and the convolutions of the gate.
+    Attributes:
+        kernels: Launches of this package's own kernels.
+        products: Launches of matrix products and convolutions of libraries, except the convolutions of the gate.
+        others: All other launches.
+        gate: Launches of the convolutions of the gate.
     """
 
     kernels: Counter[str]
@@ -109,7 +112,12 @@ def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = No
 
 
 def _add(event: Any, found: Launches, gate: bool) -> bool:
-    """Count an event, or the events inside it that launch something; return whether anything was counted."""
+    """Count the launches of an event of the profile; return whether anything was counted.
+
+    Each own kernel, and each operator in `PRODUCTS` or `WHOLE`, counts as one launch. For any other event, the events
+    inside it are counted. If these events launch nothing, and the event is an operator of PyTorch that is not in
+    `NOTHING`, the event itself counts as one launch.
+    """
     name = event.name
     if name.startswith(OWN):
         found.kernels[name.removeprefix(OWN)] += 1
@@ -134,7 +142,7 @@ def _add(event: Any, found: Launches, gate: bool) -> bool:
 def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, list[Tensor]]:
     """Return a neck with the backend "triton", in evaluation mode, and its maps (B, C_i, h, w).
 
-    The interpreter is slow, so the maps have few channels and few rows. The number of launches does not
+    Triton's interpreter is slow, so the maps have few channels and few rows. The number of launches does not
     depend on channels and rows. It depends on the links of the neck, on the widths w of the maps, and on
     whether a source has more than 512 keys.
 
@@ -142,7 +150,7 @@ def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, 
         dyt: Whether the neck has DyT.
         side: Image side in pixels. A map of a stage with stride s has the width w = side / s. Its height is w / 16, but
             at least 1.
-        batch: B.
+        batch: Batch size B.
     """
     torch.manual_seed(0)
     neck = SRMNeck(

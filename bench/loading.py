@@ -1,9 +1,9 @@
 """Measure the time of each step of loading an image: `python -m bench.loading IMAGES`.
 
-The steps are decoding, resizing, reading from the image cache, augmentation and conversion to float32. The
-first images of the folder IMAGES are loaded as in training. Times are CPU time in milliseconds per image, for
-one worker. Each step is timed in several passes over the images. The shortest time is reported, because other
-processes affect it least.
+The steps are decoding, decoding with resizing, reading the resized image from the image cache, augmentation
+and conversion to float32. The first images of the folder IMAGES are loaded as in training. Times are CPU time
+in milliseconds per image, for one worker. Each step is timed in several passes over the images. The shortest
+time is reported, because other processes affect it least.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
     """Return a dictionary from the name of each loading step to its function.
 
-    A call of the function processes all images once. `folder` is the folder of the image cache.
+    Each call of a step's function processes all images once. `folder` is the folder of the image cache.
     """
     cache = ImageCache(folder, 1 << 34)
     resized = [cache.get(path, size) for path in paths]
@@ -54,7 +54,7 @@ def milliseconds(work: Callable[[], object], images: int, repeats: int) -> float
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line for each image size and step, and write the rows."""
+    """Print the time of each step for each image size, and write the times to the file of `--out`, if it is given."""
     made = parser("loading", __doc__)
     made.add_argument("images", type=Path, help="folder of images")
     made.add_argument("--image-size", type=int, nargs="+", default=[224, 384, 512])

@@ -1,4 +1,8 @@
-"""Measure necks: `python -m bench.neck` runs `srm-iqa profile` and writes rows to bench/results/<gpu or cpu>/."""
+"""Measure necks with `srm-iqa profile`, and store the results in bench/results.
+
+`python -m bench.neck` appends one row per case to bench/results/<machine>/neck.jsonl. <machine> is the GPU's name or
+`cpu`.
+"""
 
 from __future__ import annotations
 

@@ -1,27 +1,29 @@
 """Compare a training step of the fused neck with the reference neck, result by result.
 
-The results are the fused map, and every loss, gradient and statistic. Errors are measured against the reference neck in
-fp64. The error of a result is the largest error of its entries. The error may be at most the sum of two terms:
+The results are the outputs, losses and buffers of the neck, and all gradients. Errors are measured against the
+reference neck in fp64. The error of a result is the largest error of its entries. The error may be at most the
+sum of two terms:
 
 - twice the error of the reference neck in the precision of the fused neck;
 - 64 eps in fp32, or 2 eps in a reduced precision, times the largest entry of the result.
 
-Some gradients are small differences of larger numbers. Their rounding errors are relative to the larger
-numbers. For these gradients, the second term therefore uses the largest entry of several gradients:
+Some gradients are small differences of larger numbers. Their rounding errors are proportional to the larger
+numbers. For these gradients, the second term therefore uses the largest entry of several gradients instead of
+the largest entry of the result:
 
 - for the gradient of a bias, the largest entry of all gradients;
-- for any other gradient of the gate, the largest entry of all gradients of the gate. These gradients are
-  small differences because the gradients of the gate's logits sum to 0 over the stages.
+- for the gradient of any other parameter of the gate, the largest entry of all gradients of the gate. The
+  gradients of the gate are small differences because the gradients of its logits sum to 0 over the stages.
 
-Some gradients have one element: those of β, of α, of θ with one head, and of the bias of a readout. Such a
-gradient is a sum Σ tᵢ over channels and positions. Each term tᵢ has a relative rounding error δᵢ, which may
-be positive or negative. The error of the sum is Σ tᵢ δᵢ, which is about eps·√(Σ tᵢ²), even if the sum itself
-is small. In a single step, the rounding errors of the reference neck can cancel by chance, and the bound
-would then be too small. The reference neck therefore runs `DRAWS` steps with different losses. For a gradient
-with one element, the two terms of the bound use these steps:
+Some gradients have one element: those of β, of α, of the bias of a readout, and, if there is only one head,
+of θ. Such a gradient is a sum Σ tᵢ over channels and positions. Each term tᵢ has a relative rounding error
+δᵢ, which may be positive or negative. The error of the sum is Σ tᵢ δᵢ, which is about eps·√(Σ tᵢ²), even if
+the sum itself is small. In a single step, the rounding errors of the reference neck can cancel by chance, and
+the bound would then be too small. The reference neck therefore runs `DRAWS` steps with different losses. For
+a gradient with one element, the two terms of the bound use all these steps:
 
-- the first term is twice the largest error of the reference neck in these steps;
-- in fp32, the second term is at least 64 eps times the root mean square of the gradient over these steps.
+- the first term is twice the largest error of the reference neck in the `DRAWS` steps;
+- in fp32, the second term is at least 64 eps times the root mean square of the gradient over the `DRAWS` steps.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ def step(neck: SRMNeck, pyramid: Sequence[Tensor], draw: int = 0) -> Step:
         neck: Neck in training or evaluation mode.
         pyramid: Maps (B, C_i, h, w).
         draw: Number that selects the loss. Each loss is a weighted sum of the elements of the fused map, plus
-            the neck's own losses. With 0, the weights rise evenly from -1 to 1. Any other number is the seed
-            of random signs, and each weight is multiplied by its sign.
+            the neck's own losses. With draw 0, the weights rise evenly from -1 to 1. With any other draw, each of
+            these weights is also multiplied by a random sign; `draw` is the seed of the random signs.
 
     Returns:
         Outputs, buffers and gradients by name, on the CPU.

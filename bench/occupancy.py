@@ -11,7 +11,8 @@ from bench.resources import case_words
 class Limits(NamedTuple):
     """Capacity of a multiprocessor.
 
-    `shared` is its shared memory in bytes. One thread block can use at most `shared_block` bytes of it.
+    `shared` is the shared memory of the multiprocessor in bytes. One thread block can use at most `shared_block` bytes
+    of this memory.
     """
 
     warps: int

@@ -1,4 +1,4 @@
-"""Call every operator at every family of shapes, and check its results on the inputs that are timed.
+"""Prepare every operator for timing with inputs of several sizes, and check its results for the same inputs.
 
 This module imports only torch and `srm_kernels`, because `bench.worker` uses it to time other checkouts.
 """
@@ -41,7 +41,10 @@ FAMILIES = {
 
 
 class NumericsError(AssertionError):
-    """An operator cannot be timed: a result has a larger error than its dtype explains."""
+    """An operator is not timed, because the error of a result is larger than `Timed.verify` accepts.
+
+    `bench.compare` also raises this error if an operator cannot run.
+    """
 
 
 class Operator(NamedTuple):
@@ -113,7 +116,7 @@ def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw T of a source, then W_K and W_V of two links."""
+    """Draw T of a source, then W_K of two links, then W_V of the same two links."""
     C = family.heads * family.d
     tokens, *weights = _normal(make, (family.batch, family.keys, C), *[(C, C)] * 4)
     return [tokens, *(weight / C**0.5 for weight in weights)]
@@ -286,11 +289,13 @@ class Timed:
         return torch.autograd.grad(total, [leaves[i] for i in wanted])
 
     def verify(self) -> float:
-        """Return the largest error of all results. The error of a result is relative to the norm of the result.
+        """Check the results of `call`, and return their largest relative error.
 
-        Errors are measured against the reference in float64. The largest accepted error is twice the error of the
-        reference in the same dtype, plus 8 eps of this dtype. The second term is needed because the error of the
-        reference can be zero by chance.
+        Each result is compared with the result of the backend "reference" in float64. The relative error is the norm of
+        the difference, divided by the norm of the float64 result. The largest accepted error is twice the error of the
+        backend "reference" in the dtype of the inputs, plus 8 eps of the dtype of the result. The second term is needed
+        because the error of the backend "reference" can be zero by chance. The indices from `select_landmarks` have no
+        such error, so `_verify_landmarks` checks the scores of the chosen keys instead.
 
         Raises:
             NumericsError: An error is larger than accepted.
@@ -314,9 +319,11 @@ class Timed:
         return worst
 
     def _verify_landmarks(self, chosen: Tensor) -> float:
-        """Check that chosen keys are distinct, and that each score is at least the r-th best, up to rounding.
+        """Check that the r chosen keys are distinct and have the r best scores, up to rounding.
 
-        Return how far the lowest score of a chosen key is below the r-th best score, or 0 if it is not below.
+        The scores are the ridge leverage scores that the backend "reference" computes in float64. For each head of each
+        batch element, the lowest score of the chosen keys is subtracted from the r-th best score of all keys. Return
+        the largest difference, or 0 if it is negative.
         """
         key = self.inputs[0]
         truth = ops.ridge_leverage_scores(key.double(), backend="reference")

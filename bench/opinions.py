@@ -1,10 +1,10 @@
 """Correlate metrics of distorted Kodak photographs with the opinions of TID2013: `python -m bench.opinions`.
 
-The photographs are distorted in the same way as by `srm-iqa data synthesize --opinions`. Three full-reference
-metrics of piq score the distorted images: VSI, FSIM and SSIM. FSIM and SSIM are computed on the luminance,
-and SSIM without downsampling, because the published correlations for TID2013 were computed in this way. A
-result row belongs to one photograph and one distortion type. It has the metric scores, the mean opinion
-scores and the PSNR at five levels.
+The photographs are distorted by the same functions as in `srm-iqa data synthesize --opinions`. Three
+full-reference metrics of piq score the distorted images: VSI, FSIM and SSIM. FSIM and SSIM are computed on
+the luminance, and SSIM is computed without downsampling, because the published correlations for TID2013 were
+computed in this way. A result row belongs to one photograph and one distortion type. For each of the five
+distortion levels, it has the score of each metric, the mean opinion score and the PSNR.
 
 The summary has Spearman's correlation of each metric with the mean opinion scores of TID2013. The correlation
 is computed for each distortion type alone, for all types together, and for the default types of
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 def rows(
     folder: Path, opinions: Path, types: Sequence[int], seed: int, known: Sequence[Row]
 ) -> Iterator[Row]:
-    """Yield a row for each photograph and distortion type that have no row with this seed in `known`."""
+    """Yield a row for each pair of photograph and distortion type that has no row with this seed in `known`."""
     piq, people = import_piq(), read_opinions(opinions)
     done = {(row["photograph"], row["type"], row["seed"]) for row in known}
     for photograph in from_folder(folder, Frame(crop=CROP)):
@@ -95,9 +95,9 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
 def summary(found: Sequence[Row]) -> list[str]:
     """Return the lines of a table of correlations.
 
-    The table has a line for each distortion type, a line for all types together, and a line for all types
-    except `LEFT_OUT`. The last line has the published correlations. In the two lines for several types, `!`
-    marks a correlation that differs from the published one by more than `WITHIN`.
+    The table has one line for each distortion type, then a line for all types together, a line for all types
+    except `LEFT_OUT`, and a last line with the published correlations. In the two lines for several types,
+    `!` marks a correlation that differs from the published one by more than `WITHIN`.
     """
     lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
     for kind in sorted({row["type"] for row in found}):

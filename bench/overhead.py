@@ -1,17 +1,17 @@
 """Measure host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of every launch, as on a GPU. However, a
-fake driver reports the GPU, and stubs replace the compiled kernels. The host time of a launch is therefore
-the same as on a GPU, but without the time of the C launcher and the CUDA driver (2 to 4 µs per launch).
-PyTorch's own operations are computed by the CPU, on small maps. With a GPU, the host would only launch these
-operations.
+Triton's own `JITFunction.run` binds and specialises the arguments of every launch, as on a GPU. No GPU is
+needed, because a fake driver reports one, and stubs replace the compiled kernels. The measured host time of a
+launch is therefore that of a launch on a GPU, without the time of the C launcher and the CUDA driver (2 to 4 µs
+per launch). The measured time of PyTorch's own operations differs from their host time on a GPU: here, the CPU
+computes these operations, on small maps, but with a GPU, the CPU would only launch them.
 
 A pass is a forward pass or a training step. Its CPU time on one thread, in µs, has three parts:
 
 - `triton`: inside `JITFunction.run`;
 - `library`: inside the matrix products, convolutions and casts that the neck itself calls;
-- `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd with
-  the backward pass of the convolutions, views and allocations.
+- `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd
+  (including the backward pass of the convolutions), views and allocations.
 
 The neck is narrow (C = 16), because host time depends on the links of the neck and not on its width.
 """
@@ -68,7 +68,7 @@ class Clock:
 
 
 class _Driver:
-    """The part of a driver that `JITFunction.run` uses."""
+    """Fake Triton driver that has only the methods that `JITFunction.run` calls."""
 
     def get_current_device(self) -> int:
         return 0
@@ -105,7 +105,10 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Launch kernels on CPU tensors in the `with` block, as on a GPU of `CAPABILITY`, but run only stubs."""
+    """Make kernel launches in the `with` block accept CPU tensors and run stubs instead of the kernels.
+
+    Apart from the stubs, a launch runs the same host code as on a GPU with the compute capability `CAPABILITY`.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -130,9 +133,9 @@ def pretended() -> Iterator[Clock]:
 
 
 def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Call:
-    """Return a function that runs the default schedule: a forward pass, or a training step with `training`.
+    """Return a function that runs one pass of the neck: a training step if `training`, otherwise a forward pass.
 
-    The forward pass is in evaluation mode. The training step has no optimiser.
+    The neck has the default links. The forward pass is in evaluation mode. The training step has no optimiser.
     """
     module, maps = forward_of(dyt=dyt, side=64, batch=1)
     module, maps = module.to(dtype).train(training), [m.to(dtype).requires_grad_(training) for m in maps]

@@ -1,8 +1,8 @@
-"""Compute the tables of benchmark results in the pages of docs/ from measured rows.
+"""Compute the benchmark tables in the pages of docs/ from the rows in a folder of results.
 
 A table is placed between `<!-- rows: NAME -->` and `<!-- end -->`. The command
 `python -m bench.report FOLDER --pages PAGE` rewrites all tables of PAGE from the rows in FOLDER. A test
-checks that the tables in docs/ agree with the committed rows.
+checks that the tables in docs/ agree with the rows in bench/results/cpu.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def share(time: float, rival: float) -> str:
 
 
 def attention(folder: Path) -> str:
-    """Return a table of the time of Nyström attention by two backends, divided by the time of exact attention."""
+    """Return a table of Nyström time / exact time, for the default backend and for `reference`."""
     rows = rows_of(folder, "attention", ("N_q", "N_k", "B", "H", "r", "d", "dtype", "direction"))
     lines = []
     for row in rows:
@@ -82,7 +82,7 @@ def attention(folder: Path) -> str:
 
 
 def solve(folder: Path) -> str:
-    """Return a sentence on the time of Cholesky divided by the time of the SVD."""
+    """Return a sentence with the smallest and the largest ratio of solve times, `cholesky` / `svd`."""
     shares = [
         row["share_of_svd"]
         for row in read(folder / "conditioning.jsonl")
@@ -113,7 +113,7 @@ def cost(folder: Path) -> str:
 
 
 def time(folder: Path) -> str:
-    """Return a table of forward times of the `srm` neck and its model, in ms and relative to `quadratic`."""
+    """Return a table of forward times of the `srm` neck and of the whole model, in ms and relative to `quadratic`."""
     lines = [
         [f"`{backbone}`", side, *cells]
         for backbone, side, cells in _shares(folder, "forward")
@@ -131,7 +131,7 @@ def time(folder: Path) -> str:
 
 
 def backward(folder: Path) -> str:
-    """Return a table of the time of forward plus backward of the neck: `srm` divided by `quadratic`."""
+    """Return a table of `srm` time / `quadratic` time for the forward and backward pass of the neck."""
     values: dict[int, list[float]] = {}
     for _, side, cells in _shares(folder, "backward"):
         values.setdefault(int(side), []).append(float(cells[1]))
@@ -158,7 +158,7 @@ def step(folder: Path) -> str:
 
 
 def grown(folder: Path) -> str:
-    """Return a table of the exponents p in time ∝ x^p, where x is N_q, N_k or N (N_q and N_k together)."""
+    """Return a table of the exponents p in time ∝ x^p, where x is N_q, N_k or N (N = N_q = N_k)."""
     fits = growth.fits(rows_of(folder, "growth", POINT))
     lines = [
         [
@@ -177,7 +177,7 @@ def grown(folder: Path) -> str:
 def crossover(folder: Path) -> str:
     """Return a table of Nyström time / exact time for each N_k, and the N_k above which Nyström is faster.
 
-    A cell of the table has the range of this ratio over all B.
+    A cell of the table has the range of the ratio Nyström time / exact time over all batch sizes B.
     """
     surfaces = growth.surfaces(rows_of(folder, "crossover", POINT))
     lines = []

@@ -132,7 +132,10 @@ def surface(
     row_label: str,
     column_label: str,
 ) -> Figure:
-    """Draw ratios as a grid of numbers: larger ratios on a darker ground, a thick line where ratios cross 1."""
+    """Draw ratios as a grid of numbers.
+
+    Larger ratios have a darker background. Thick lines separate ratios below 1 from ratios of 1 or more.
+    """
     logs = np.log(np.array(values, dtype=float))
     most = max(float(np.nanmax(np.abs(logs), initial=0)), math.log(2))
     with _axes(title, note, column_label, row_label, height=1.4 + 0.36 * len(rows)) as (figure, axes):

@@ -89,8 +89,8 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
 def neck_section(rows: Rows) -> Section:
     """Return the section on necks.
 
-    Its tables show the costs and the measurements. Its pictures show the times of the stages, the growth of
-    time and memory with the resolution, and rooflines.
+    The tables show parameters, multiply-accumulates, measured times and memory, and ratios of times. The
+    pictures show the times of the stages, the growth of time and memory with the resolution, and rooflines.
     """
     good = [row for row in rows if not row["error"]]
     parts = [CONVENTION + ".", markdown(*cost_table(rows)), markdown(*measured_table(rows))]
@@ -103,7 +103,7 @@ def neck_section(rows: Rows) -> Section:
 
 
 def growth_section(rows: Rows) -> Section:
-    """Return the exponents, and a picture for each sweep."""
+    """Return the section on growth: tables of the fitted exponents, and a picture of the times of each sweep."""
     pictures = []
     good = [row for row in rows if not row["error"]]
     for (dtype, direction, variable), points in _grouped(good, "dtype", "direction", "variable"):
@@ -132,8 +132,9 @@ def growth_section(rows: Rows) -> Section:
 def crossover_section(rows: Rows) -> Section:
     """Return the section that compares the times of Nyström attention and exact attention.
 
-    For each implementation of Nyström attention, the section has a picture and a table of the ratio of
-    the two times by N_k and B, and a sentence on the N_k below which exact attention is faster.
+    For each implementation of Nyström attention, a sentence says below which N_k exact attention is faster. A
+    table and a picture show the time of Nyström attention divided by the time of exact attention, for each N_k
+    and B.
     """
     pictures: list[Picture] = []
 
@@ -191,7 +192,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Section]], ...] = (
 def _stages(rows: Rows) -> list[Picture]:
     """Draw a picture of the stage times for each part (neck or model), backbone, batch size and dtype.
 
-    Each picture shows the largest resolution that was measured.
+    Each picture shows the times at the largest measured resolution.
     """
     pictures = []
     staged = [row for row in rows if row["stages"]]
@@ -255,7 +256,7 @@ def _of_like_size(series: list[plots.Line]) -> tuple[list[plots.Line], list[str]
 
 
 def _merged(series: list[plots.Line]) -> list[plots.Line]:
-    """Merge lines that agree within 1 % into one line with all names, because one would hide the others."""
+    """Merge lines that agree within 1 % into one line with all their names, because they would hide each other."""
     found: list[plots.Line] = []
     for line in series:
         for place, other in enumerate(found):
@@ -271,7 +272,8 @@ def _merged(series: list[plots.Line]) -> list[plots.Line]:
 def _rooflines(rows: Rows) -> list[Picture]:
     """Draw roofline plots: multiply-accumulates per second against multiply-accumulates per byte.
 
-    The roof is drawn from the measured ceilings.
+    The roof is computed from the ceilings in the rows: the highest measured bandwidth, and the highest measured
+    rate of matrix products.
     """
     pictures = []
     known = [row for row in rows if row["work_macs"]]
@@ -319,7 +321,7 @@ def _failed(rows: Rows) -> str:
 
 
 def _grouped(rows: Iterable[dict[str, Any]], *keys: str) -> list[tuple[tuple[Any, ...], Rows]]:
-    """Group rows by the values of some columns, in order of first appearance."""
+    """Group rows with the same values in the columns `keys`; the groups are in order of first appearance."""
     found: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)

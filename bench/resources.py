@@ -5,10 +5,11 @@ launch is then compiled for the architecture. Registers and spills are read from
 size of shared memory from Triton's metadata. The resources show whether a kernel fits on a GPU, not how fast
 it is.
 
-`--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled
-code: the code of the kernel and of the functions that it calls, the constants and options of the launch, the
-architecture, and the version of Triton. A launch whose digest is in FILE is not compiled again. If the
-options select a row of FILE whose launch no longer exists, the row is dropped.
+`--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled code:
+the code of the kernel and of the functions that it calls, the global constants that this code reads, the types,
+constants and alignment of the arguments, the launch options, the architecture, and the version of Triton. A launch
+whose digest is in FILE is not compiled again. An old row of FILE is removed if the options select it and the
+package no longer performs its launch.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Resources(NamedTuple):
 
 @contextmanager
 def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Record the launches of the `with` block, as on a device of this capability, instead of running them."""
+    """Record the launches in the `with` block instead of running them, as if on a device of this compute capability."""
     from triton.runtime.jit import JITFunction
 
     from srm_kernels import devices
@@ -73,9 +74,10 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 class Source(NamedTuple):
     """Input of Triton's compiler.
 
-    `signature` has the type of each argument by name. `constants` and `attributes` have the position of an
-    argument as the key, such as (2,), or (2, 0) for the first entry of a tuple. `options` has the launch
-    options.
+    `signature` has the type of each argument by name. `constants` has the values that are known at compile
+    time, and `attributes` has the known divisibility of integers and pointers. The keys of both are positions:
+    (2,) is argument 2, and (2, 0) is the first entry of argument 2 if this argument is a tuple. `options` has
+    the launch options.
     """
 
     signature: dict[str, Any]
@@ -87,7 +89,8 @@ class Source(NamedTuple):
 def source_of(launch: Launch) -> Source:
     """Return the input of Triton's compiler for a launch.
 
-    Integers and pointers are specialised as Triton does. All pointers are assumed to be aligned to 16 bytes.
+    This function specialises integers and pointers as Triton does. It assumes that all pointers are aligned to
+    16 bytes.
     """
     kernel, args, options = launch
     launch_options = {
@@ -214,7 +217,7 @@ def operator(kernel: Any) -> str:
 def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[dict[str, Any]]:
     """Yield a row for each launch of the selected kernels, for each selected shape and architecture.
 
-    Launches of one shape and architecture with the same digest share one row.
+    Launches that have the same shape, architecture and digest share one row.
 
     Args:
         options: Options of the command line.
@@ -260,7 +263,7 @@ class Table:
         self._written = set(self.known)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row; append it to the file if its digest is new."""
+        """Add a row to the table, and write the row to the file at once if its digest is new."""
         row = row | {"machine": self.about}
         self.after.append(row)
         if row["code"] not in self._written:
@@ -273,7 +276,10 @@ class Table:
 
 
 def shape(case: Any) -> dict[str, Any]:
-    """Return a case as a dictionary without None, equal to the entry "case" of a row read from JSON."""
+    """Return a case as a dictionary that equals the entry "case" of its row in a JSON file.
+
+    None values are omitted, and tuples become lists.
+    """
     found: dict[str, Any] = json.loads(json.dumps(case._asdict()))
     return {name: value for name, value in found.items() if value is not None}
 
@@ -318,7 +324,10 @@ def _cases(family: str, options: argparse.Namespace) -> Sequence[Any]:
 
 
 def _selected(row: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Return whether the options select a row. Options for all shapes also select shapes that no longer exist."""
+    """Return whether the options select a row.
+
+    If the options select all shapes, they also select the rows of shapes that no longer exist.
+    """
     if row["family"] not in options.families or row["architecture"] not in options.architectures:
         return False
     if options.kernels and row["kernel"] not in options.kernels:

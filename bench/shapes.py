@@ -131,8 +131,8 @@ CHOICES = (
 def attention(case: Case) -> None:
     """Launch Nyström attention.
 
-    With the method "pivoted_cholesky" in half precision, also launch two separate operators: the leverage
-    scores, and the choice of landmarks by every method that has kernels.
+    If the method is "pivoted_cholesky" and the dtype is bfloat16 or float16, also launch two separate operators:
+    `ridge_leverage_scores`, and `select_landmarks` with every method that has kernels.
     """
     from srm_kernels.attention import key_kernels, query_kernels
     from srm_kernels.conditioning import kernels as conditioning
@@ -230,7 +230,7 @@ def solve(case: System) -> None:
 
 
 def choose(case: Choice) -> None:
-    """Launch the operator that chooses landmarks and, for the method "leverage", the leverage scores."""
+    """Launch `select_landmarks`; if the method is "leverage", also launch `ridge_leverage_scores`."""
     from srm_kernels.landmarks import kernels
 
     key = without_memory(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype))

@@ -1,4 +1,4 @@
-"""Measure training steps, and the share of time spent on data loading: `python -m bench.training`.
+"""Measure training steps, and the share of time spent waiting for data: `python -m bench.training`.
 
 For each backbone, the command builds a model for every neck and backend in one process. It times one step of
 each model in turn, so changes of the machine's speed affect all models equally. The table also has the speed
@@ -7,7 +7,7 @@ training step consists of the forward pass under autocast, the losses, the backw
 and AdamW. Peak memory is measured on a GPU only. It excludes memory that is allocated before the step, such
 as the weights and the optimiser state.
 
-The share of time spent on data loading is measured twice with the first model of each backbone: with JPEG
+The share of time spent waiting for data is measured twice with the first model of each backbone: with JPEG
 files that are decoded at each step, and with images from a cache.
 """
 
@@ -127,9 +127,9 @@ def compare(found: list[Case], options: argparse.Namespace) -> Rows:
 
 
 def data_shares(case: Case, options: argparse.Namespace) -> Rows:
-    """Return the share of the training time that is spent waiting for images.
+    """Return two rows with the share of the training time that is spent waiting for images.
 
-    One row is for JPEG files that are decoded at each step, and one row is for images from a cache.
+    In the first row, JPEG files are decoded at each step. In the second row, images come from a cache.
     """
     side = options.image_size
     rng = np.random.default_rng(0)
@@ -169,7 +169,7 @@ def _waited(case: Case, files: Files, options: argparse.Namespace) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line for each model, and the share of time spent on data."""
+    """Print a line for each model, and the share of time spent waiting for data."""
     made = timing_parser("training", __doc__)
     made.add_argument("--backbones", nargs="+", default=["mobilenetv3_large_100"])
     made.add_argument(
@@ -205,7 +205,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Return the row of a step as a table line; `!` marks a fused neck with a speedup below `TARGET`."""
+    """Return the row of a step as a table line.
+
+    On a GPU, `!` marks a fused neck whose speed relative to the first case is below `TARGET`.
+    """
     fused = row["neck"] == "srm" and row["backend"] == "triton" and row["peak_mib"] is not None
     missed = " !" if fused and row["speed_over_first"] < TARGET else ""
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"

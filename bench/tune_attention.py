@@ -1,10 +1,10 @@
 """Time launch configurations of the Triton attention kernels on a GPU: `python -m bench.tune_attention`.
 
-A rule is a function of `srm_kernels/attention/launch_rules.py` that returns a configuration. For each rule
-and a few sizes r and d, the command times the configuration that the rule chooses and alternative
-configurations. It prints the median time of a forward or backward pass for each configuration, and marks the
-configuration that the rule chooses. The command does not change any rule. To use a faster configuration, edit
-the rule by hand.
+A rule is a function of `srm_kernels/attention/launch_rules.py` that returns a configuration. For each rule,
+the command times the configuration that the rule chooses and alternative configurations. The sizes are a few
+pairs of r landmarks and d channels per head. The command prints the median time of a forward or backward pass
+for each configuration, and marks the configuration that the rule chooses. The command does not change any rule.
+To use a faster configuration, edit the rule by hand.
 
 Several processes compile all configurations first, with a shared Triton cache. One process then times them.
 """
@@ -66,7 +66,7 @@ def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
 
 
 def call_of(trial: Trial, options: argparse.Namespace) -> Call:
-    """Return a function for the backward pass alone if `RULES[trial.rule]` is True, else the forward pass."""
+    """Return a function that runs only the backward pass if `RULES[trial.rule]` is True, else only the forward pass."""
     shape = (options.batch, options.heads)
     inputs = attention_inputs(shape, options.queries, options.keys, trial.d, options, gradients=True)
     forward = partial(nystrom_attention, *inputs, trial.rank, qk_norm="keys", backend="triton")

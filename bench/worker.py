@@ -21,7 +21,7 @@ MOST_CALLS = 1000
 
 
 def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """Warm a call up; return a function that measures the milliseconds per call.
+    """Warm up `call`, and return a function that measures its time in milliseconds.
 
     A call shorter than `LEAST_MILLISECONDS` is repeated within one measurement.
     """

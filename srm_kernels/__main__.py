@@ -1,4 +1,7 @@
-"""Command line: `python -m srm_kernels` lists backends, `verify` measures them, `env` prints data for a bug report."""
+"""Command line: `python -m srm_kernels` lists the backends and the verdict about each GPU.
+
+The command `verify` measures the kernels on a GPU. The command `env` prints data for a bug report.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def _backends() -> list[str]:
 
 
 def _verdicts() -> list[str]:
-    """Return one line for each CUDA device: the verdicts of `verify`, and how many operators use kernels."""
+    """Return one line per CUDA device: the verdicts, and for how many operators and dtypes kernels are used."""
     if not torch.cuda.is_available():
         return ["no CUDA device: `backend=None` uses plain PyTorch"]
     return [f"cuda:{i}: {choice.sentence(choice.table(i))}" for i in range(torch.cuda.device_count())]

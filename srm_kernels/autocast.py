@@ -30,7 +30,7 @@ def enabled(tensor: Any) -> bool:
 
 
 def lowered(*tensors: Tensor) -> list[Tensor]:
-    """Cast tensors of different dtypes to autocast's dtype, as torch casts the arguments of attention."""
+    """Cast tensors of different dtypes to autocast's dtype, as torch does for `scaled_dot_product_attention`."""
     if _agree(tensors):
         return list(tensors)
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -59,7 +59,7 @@ def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def widened(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Cast tensors to `wide_dtype` of the dtype of `like`."""
+    """Cast tensors to `wide_dtype(like.dtype)`, the dtype of intermediate results."""
     if not enabled(like):
         return list(tensors)
     return [t.to(wide_dtype(like.dtype)) if enabled(t) else t for t in tensors]
@@ -70,7 +70,7 @@ def _agree(tensors: Sequence[Any]) -> bool:
 
 
 def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check a parameter against the tensor that it is applied to.
+    """Check the dtype, shape and device of a parameter that is applied to the tensor `like`.
 
     Raises:
         TypeError: `value` is not a floating-point tensor, or autocast is off and the dtype of `value` is narrower than

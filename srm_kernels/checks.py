@@ -17,7 +17,10 @@ RENAMED = {"sdpa": "torch"}  # backend names of the last release, which this rel
 
 
 def current_name(backend: Any) -> Any:
-    """Return a backend's current name. A name from the last release causes a FutureWarning, once per process."""
+    """Return the current name of a backend.
+
+    An old name, which the last release used, is still accepted. It causes a FutureWarning, once per process.
+    """
     if not isinstance(backend, str) or backend not in RENAMED:
         return backend
     if not torch.compiler.is_compiling():
@@ -82,9 +85,9 @@ def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
     work, and the caller can skip it.
 
     Args:
-        mask: A bool tensor, True for each element that needs the additional work.
+        mask: A bool tensor, True for each element that needs additional work.
         wait: If True, a mask on a GPU is read too, except during the capture of a CUDA graph. Reading waits for the
-            device. Use True only where the additional work costs more than the wait.
+            device. Use True only where the additional work takes longer than the wait.
     """
     asked = may_ask(mask) or (
         wait and _on_cuda(mask) and not _is_symbolic() and not torch.cuda.is_current_stream_capturing()

@@ -75,7 +75,7 @@ class Question:
 
 
 class Answer(Exception):  # noqa: N818 - not an error
-    """The explanation that an operator gives to a `Question`."""
+    """The exception that an operator raises for a `Question`; it contains the explanation of the choice."""
 
     def __init__(self, explanation: Explanation) -> None:
         super().__init__(str(explanation))
@@ -86,8 +86,8 @@ class Table:
     """The verdicts that apply to a device, by group. A group is a pair of an operator and a dtype.
 
     Attributes:
-        groups: Group → (verdict, rows). Calls of the group's operator in the group's dtype use this verdict.
-            The rows are those rows of the verdict that count for the group.
+        groups: Group → (verdict, rows). `rows` are the rows of `verdict` on which the choice for the group is based
+            (see `verdicts.governing`).
         reason: Why `groups` is empty. It has no meaning if `groups` is not empty.
         unfinished: Groups whose measurement was interrupted.
     """
@@ -101,7 +101,7 @@ class Table:
         self.groups, self.reason, self.unfinished = groups, reason, unfinished
 
     def nearest(self, group: Group, classes: Sequence[int]) -> list[Row]:
-        """Return the rows of the measured shapes whose classes are nearest to `classes`."""
+        """Return a group's rows for the measured shapes whose size classes are nearest to `classes`."""
 
         def distance(row: Row) -> int:
             pairs = zip(map(class_of, row["sizes"]), classes, strict=True)
@@ -131,7 +131,7 @@ class Table:
         return sorted(candidates, key=lambda name: sum(math.log(by_name[name]) for by_name in measured))
 
     def takes_kernels(self, group: Group) -> bool:
-        """Return whether kernels are the first choice of a group for at least one measured shape."""
+        """Return whether the Triton kernels are first in a group's ranking for at least one measured shape."""
         sizes = {tuple(row["sizes"]) for row in self.groups[group][1]}
         return any(self.ranking(group, list(map(class_of, one)))[:1] == ["triton"] for one in sizes)
 
@@ -286,7 +286,7 @@ def _read(index: int) -> Table:
 
 
 def sentence(found: Table) -> str:
-    """Return a sentence that names the verdicts of a device and counts the operators that use kernels."""
+    """Return a sentence that names a device's verdicts and counts the (operator, dtype) pairs that use kernels."""
     if not found.groups:
         return f"no verdict: {found.reason}"
     parts = []
@@ -299,7 +299,7 @@ def sentence(found: Table) -> str:
 
 
 def _by_origin(found: Table) -> dict[str, list[Group]]:
-    """Return a dictionary: origin and dates of a verdict, as text → groups for which the verdict is used."""
+    """Return a dictionary: text with the origin and the dates of a verdict → groups for which this verdict is used."""
     groups: dict[str, list[Group]] = {}
     for group, (verdict, _) in found.groups.items():
         groups.setdefault(verdict.origin, []).append(group)
@@ -316,7 +316,7 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
     Args:
         device: The device of the operators.
         requested: The backend that was given to the operators, or None.
-        found: Operator → implementations that ran, as `registration.running` collects it.
+        found: Operator → implementations that ran: the dictionary that `registration.running` yields.
     """
     from . import dispatch
 
@@ -339,7 +339,10 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
 def explained(
     default: str, tensor: Tensor | None, operator: str, variant: str, sizes: Sizes, refusal: Refusal
 ) -> Explanation:
-    """Return which implementation `backend=None` uses for a call, and why. `default` is used without a verdict."""
+    """Return which implementation `backend=None` uses for a call, and why.
+
+    If no verdict selects an implementation for the call, the call uses `default`.
+    """
     if tensor is None:
         return Explanation(operator, default, "the operator has no kernels")
     name, dtype = named(operator, variant), dtype_name(tensor.dtype)

@@ -1,8 +1,8 @@
 """Devices that can run the Triton kernels, and the device properties that kernel launches depend on.
 
 Kernel launches get the device properties from this module only, so a port to GPUs of another vendor begins
-here. The port also needs other results of `parts.precision` and `parts.finest_precision`, and launch rules
-for the compute capabilities of these GPUs.
+here. The port must also change `parts.precision` and `parts.finest_precision`, and add launch rules for the
+compute capabilities of the new GPUs.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class LaunchDevice(NamedTuple):
 def cpu_launch_device() -> LaunchDevice | None:
     """Return the GPU that is assumed for CPU tensors, or None if no Triton kernel can run on CPU tensors.
 
-    In Triton's interpreter, this GPU has compute capability 8.9 and unlimited shared memory. Emulators of a GPU replace
-    this function by one that returns the emulated GPU.
+    In Triton's interpreter, the assumed GPU has compute capability 8.9 and unlimited shared memory. Code that emulates
+    a GPU (`bench.ptx` and `bench.overhead`) replaces this function with one that returns the emulated GPU.
     """
     return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
 
@@ -125,7 +125,7 @@ def triton_refusal(tensor: Tensor) -> str | None:
 
 
 def roomy(tensor: Tensor, kibibytes: int = 160) -> bool:
-    """Return whether a thread block can use this many KiB of shared memory.
+    """Return whether a thread block can use `kibibytes` KiB of shared memory.
 
     Consumer GPUs have less than the default of 160 KiB: at most 99 KiB.
     """

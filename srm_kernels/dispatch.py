@@ -47,7 +47,8 @@ def backends() -> dict[str, BackendStatus]:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
-    The first argument of `function` can also be an object that has the tensor as its attribute `key`.
+    Instead of the tensor `key`, the first argument of `function` can be an object that has this tensor as its
+    attribute `key`.
 
     One thread is faster, because `function` runs many small steps: several threads would wait for each other
     after each step, and on a busy machine this waiting takes far longer than the steps. The number of threads
@@ -176,8 +177,9 @@ def choose_kernels(
     returns why the kernels cannot run the call, or None if they can. The remaining arguments are those of
     `choose_backend`.
 
-    Under torch.export, every shape that `refusal` reads adds a guard to the exported program. `refusal` is therefore
-    called only if `devices.triton_refusal` returns None.
+    Under torch.export, every shape that `refusal` reads adds a guard to the exported program. To avoid unnecessary
+    guards, `refusal` is called only if `devices.triton_refusal` returns None, that is, if Triton kernels can run on
+    `tensor` in general.
     """
     return kept(requested, tensor, operator, variant, call) or choose_backend(
         requested,

@@ -36,27 +36,27 @@ Shape = tuple[int, ...]
 
 
 def attention_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Count L, R, R V, W, X and L X of one head; the choice of landmarks is not counted."""
+    """Count the multiply-accumulates of L, R, R V, W, X and L X for one head, without the choice of landmarks."""
     return query_side_macs(queries, rank, d) + key_side_macs(keys, rank, d) + solve_macs(rank, d)
 
 
 def query_side_macs(queries: int, rank: int, d: int) -> int:
-    """Count L and L X of one head."""
+    """Count the multiply-accumulates of L and L X for one head."""
     return 2 * queries * rank * d
 
 
 def key_side_macs(keys: int, rank: int, d: int) -> int:
-    """Count R, R V and the logits of W of one head."""
+    """Count the multiply-accumulates of R, R V and the logits of W for one head."""
     return 2 * rank * keys * d + rank**2 * d
 
 
 def solve_macs(rank: int, d: int) -> int:
-    """Count X of one head: r³/3 for the factorisation, and r² d for two triangular solves with d columns."""
+    """Count the multiply-accumulates of X for one head: r³/3 (factorisation) + r² d (two triangular solves)."""
     return rank**3 // 3 + rank**2 * d
 
 
 def link_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Count one link for one image and head, with `leverage` landmarks (equation 30 of the article)."""
+    """Count the multiply-accumulates of a link with `leverage` landmarks, for one image and head (article, eq. 30)."""
     return attention_macs(queries, keys, rank, d) + leverage_macs(keys, d)
 
 
@@ -78,9 +78,9 @@ def _project_op(tokens: Shape, key_weights: Sequence[Shape], *_: Any) -> int:
 
 
 def _pooled_op(*args: Any) -> int:
-    """Count the products for T, Q and the logits at every position.
+    """Count the multiply-accumulates of T, Q and the logits at every position.
 
-    Some backends merge these products, and compute fewer of them.
+    Some backends fold consecutive products into one, and compute fewer multiply-accumulates than this number.
     """
     given = dict(zip(QuerySides.NAMES, args, strict=False))
     total = 0
@@ -101,7 +101,7 @@ def _merge_op(
 
 
 def _logits_op(maps: Sequence[Shape], *_: Any) -> int:
-    """Count the readouts; GELUs and means are not counted."""
+    """Count the multiply-accumulates of the readouts, without GELUs and means."""
     return len(maps) * maps[0][0] * maps[0][1]
 
 
@@ -149,7 +149,7 @@ BACKWARD_FACTOR = 3
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence the logger `name` and all warnings: without Triton, the import of torch's counter warns."""
+    """Silence the logger `name` and all warnings, because importing torch's counter without Triton causes warnings."""
     logger = logging.getLogger(name)
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -182,7 +182,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Return the handles with which fvcore counts multiply-accumulates of the operators.
 
     Returns:
-        Operator name → handle. Call `FlopCountAnalysis.set_op_handle(name, handle)` once for each operator.
+        A dict from operator name to handle. Pass each pair to `FlopCountAnalysis.set_op_handle(name, handle)`.
     """
 
     def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:

@@ -5,22 +5,23 @@ number that measures its size, as defined below. The error of a result is the ma
 the exact result. A unit of a dtype is the machine epsilon of the dtype times the magnitude of the exact
 result. The error of a kernel must be at most the sum of three terms:
 
-- twice the error of plain PyTorch in the same dtype, with intermediate results in fp32;
+- twice the error that plain PyTorch has with the same dtype and with intermediate results in fp32;
 - half a unit of the dtype;
 - 8 units of fp32, because kernels sum in another order than plain PyTorch.
 
 The magnitude has two definitions: the largest absolute value of the tensor, and the mean absolute value of
 the tensor. The rule must hold with each definition.
 
-If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The rule
-then assumes that the error of plain PyTorch is at least half a unit of the dtype.
+If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The sum
+of the three terms would then be too small. If the error of plain PyTorch for a single number is below half a unit of
+the dtype, the rule therefore uses half a unit in place of this error.
 
 Some gradients have few elements, and each element is a sum Σ tᵢ over many positions. The error of the sum is Σ tᵢ δᵢ,
 where the δᵢ are random rounding errors. This error is of the order of ε √Σ tᵢ², where ε is the machine
 epsilon. The terms can cancel, so the sum itself can be much smaller than √Σ tᵢ². The error can then be large
-relative to the sum. For one loss, the error is only one random sample, which can be small by chance.
-Therefore, the error of plain PyTorch is measured for several random losses, and the rule uses the largest of
-these errors.
+relative to the sum. One loss gives only one random sample of the error of plain PyTorch, and this sample can be
+small by chance. Therefore, the error of plain PyTorch is measured for several random losses, and the rule uses
+the largest of these errors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Groups of arguments that several operators, or several implementations of one operator, share.
 
-torch does not accept a group as an argument of an operator. The `SCHEMA` of a group therefore lists the
-fields of the group as separate arguments. `registration` builds the group from these arguments again before
-it calls an implementation. The groups do not check the values of their fields, because the public functions
-check them.
+torch does not accept a group (a dataclass) as an argument of an operator. The `SCHEMA` of a group therefore
+lists the fields of the group as separate arguments. `registration` builds the group from these arguments
+again before it calls an implementation. The groups do not check the values of their fields, because the
+public functions check them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Written:
-    """A group of arguments that `SCHEMA` lists for torch."""
+    """A group of arguments, which `SCHEMA` lists in the syntax of torch's operator schemas."""
 
     SCHEMA: ClassVar[str]
     NAMES: ClassVar[tuple[str, ...]]
@@ -38,8 +38,8 @@ class LandmarkOptions(Written):
         rank: r, at least 1.
         method: A key of `landmarks.LANDMARK_METHODS`.
         gamma: γ of the ridge leverage scores.
-        generator: Random number generator of the random methods; None means seed 0. Operators do not receive
-            the generator, but random numbers that were drawn from it.
+        generator: Generator for the methods that need random numbers; None means seed 0. An operator receives
+            the numbers that were drawn from the generator, not the generator itself.
     """
 
     SCHEMA: ClassVar[str] = "SymInt rank, str method, float gamma"
@@ -49,7 +49,7 @@ class LandmarkOptions(Written):
     generator: torch.Generator | None = None
 
     def clamped(self, keys: int) -> LandmarkOptions:
-        """Return the same options with r at most the number of keys."""
+        """Return the options with `rank` limited to `keys`, the number of keys."""
         return LandmarkOptions(min(self.rank, keys), self.method, self.gamma, self.generator)
 
 
@@ -58,7 +58,7 @@ class SolveOptions(Written):
     """How X = (W + λI)⁻¹ R V is solved (docs/METHOD.md §2.1).
 
     Attributes:
-        ridge: λ₀.
+        ridge: λ₀, the factor in λ = λ₀ · tr(W)/r.
         solver: A key of `conditioning.SOLVERS`.
         equilibrate: Whether rows and columns of W are scaled before λI is added.
         kappa_max: "auto" uses LU for matrices whose estimate of κ is below this value.
@@ -80,7 +80,8 @@ class SolveOptions(Written):
     def default(self) -> bool:
         """Whether the solver is Cholesky without equilibration.
 
-        The C++ solver, and the kernels that fuse the solve with other steps, support only this case.
+        The C++ solver, and the kernels that fuse the solve with other steps, support only Cholesky without
+        equilibration.
         """
         return self.solver == "cholesky" and not self.equilibrate
 
@@ -147,7 +148,7 @@ class QuerySides(Written):
     qk_norm: str | None
 
     def parameters(self, link: int) -> list[Tensor]:
-        """Return A, a, W_Q and, with DyT, α, w and b of a link."""
+        """Return the parameters of a link: A, a and W_Q, followed by α, w and b if the links have DyT."""
         groups = [self.align_weights, self.align_biases, self.query_weights]
         groups += [self.alphas, self.weights, self.biases]
         return [group[link] for group in groups if group]

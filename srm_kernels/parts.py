@@ -50,14 +50,14 @@ def empty_like(tensor: Tensor) -> Tensor:
 def readable(tensor: Tensor) -> Tensor:
     """Return the tensor that a kernel reads: in Triton's interpreter, an fp32 copy of a bf16 tensor.
 
-    The interpreter computes wrong results in bf16. In all other cases, the function returns the tensor
-    itself.
+    The copy is needed because the interpreter computes wrong results in bf16. A tensor of another dtype, and
+    any tensor without the interpreter, is returned unchanged.
     """
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors contiguous and converted by `readable`, for kernels that expect contiguous tensors.
+    """Convert tensors by `readable` and make them contiguous, for kernels that expect contiguous tensors.
 
     Use this function for small tensors only, because it can copy them.
     """
@@ -98,10 +98,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def finest_precision(dtype: torch.dtype, d: int) -> str:
-    """Return the `input_precision` for the choice of landmarks.
+    """Return the `input_precision` of the products for the scores from which landmarks are chosen.
 
-    The result is "ieee" (plain fp32) for fp32 tokens and for d above 64. For d above 64, three passes over a d×d matrix
-    would need 128 KiB of shared memory.
+    The result is "tf32x3", with three exceptions that give "ieee" (plain fp32): Triton's interpreter, fp32 tokens, and
+    d above 64. For d above 64, the three passes of "tf32x3" over a d×d matrix would need 128 KiB of shared memory.
     """
     return "ieee" if INTERPRETED or dtype == torch.float32 or d > 64 else "tf32x3"
 
@@ -117,7 +117,7 @@ def power_of_two(size: int) -> int:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device the current one, on which Triton launches."""
+    """Return a context in which the tensor's device is current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -149,7 +149,11 @@ def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
 
 @triton.jit
 def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
-    """Return the gradient of x, [ROWS, D], from the gradient of x·√d/(‖x‖ + 1e-6)."""
+    """Return the gradient with respect to each row x of `tokens`, [ROWS, D].
+
+    `gradient` is the gradient with respect to x·√d/(‖x‖ + 1e-6). If NORMALISE is false, `gradient` is returned
+    unchanged.
+    """
     if NORMALISE:
         wide = tokens.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide * wide, 1))

@@ -1,11 +1,12 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
-Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only these two operators. Autograd
-cannot differentiate through Triton kernels. For the backend "triton", an operator therefore has a derivative
-of its own (the argument `derivatives` of `register_operator`), or uses the derivative of the reference.
+Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only the operators `srm::<name>` and
+`srm::<name>_backward`. Autograd cannot differentiate through Triton kernels. For the backend "triton", an
+operator therefore has a derivative of its own (the argument `derivatives` of `register_operator`), or uses the
+derivative of the reference.
 
-There is one exception: a call that is differentiated under torch.func or by forward-mode differentiation runs
-the reference in plain PyTorch, instead of a registered operator.
+If a call is differentiated under torch.func or by forward-mode differentiation, it does not run a registered
+operator. It runs the reference in plain PyTorch instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _running: list[dict[str, set[str]]] = []
 
 @contextmanager
 def running() -> Iterator[dict[str, set[str]]]:
-    """Collect the implementations that run inside the context: operator → backends.
+    """Yield a dict that maps the name of each operator that runs inside the context to the backends that run it.
 
     Operators are recorded in eager and in compiled code. In a CUDA graph, they are recorded during the capture, not
     during a replay. Calls that are differentiated under torch.func or by forward-mode differentiation are not recorded,
@@ -54,7 +55,7 @@ def running() -> Iterator[dict[str, set[str]]]:
 def plainly() -> Iterator[None]:
     """Make calls of differentiable operators inside the context run the reference in plain PyTorch.
 
-    The registered operators do not run. Operators without a derivative are not affected.
+    These calls do not run a registered operator. Calls of operators without a derivative are not affected.
     """
     global _plain
     before, _plain = _plain, True
@@ -259,9 +260,9 @@ def _kinds(arguments: str) -> list[str]:
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
     """Wrap `function`, which has arguments of the types in `options.WRITTEN`.
 
-    For each argument of one of these types, the wrapper takes the fields of the type as separate arguments,
-    and builds the argument from them. The wrapper then calls `function`. The first `ahead` arguments are
-    passed on unchanged.
+    torch does not know the types in `options.WRITTEN`. If an argument of `function` has such a type, the wrapper
+    takes the fields of the type as separate arguments, and builds the argument from these fields. The wrapper then
+    calls `function`. The first `ahead` arguments are passed on unchanged.
 
     Args:
         function: The function to wrap.
@@ -326,7 +327,7 @@ class _Rules(NamedTuple):
 
 
 class _Recorded(torch.autograd.Function):
-    """One recorded call of an operator; `tensors` are the tensors among its arguments."""
+    """One call of an operator that autograd records; `tensors` are the tensors among the arguments of this call."""
 
     @staticmethod
     def forward(ctx: Any, run: Implementation, rules: _Rules, args: Sequence[Any], *tensors: Tensor) -> Any:
@@ -368,7 +369,7 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _is_tensors(value: Any) -> bool:
-    """Return whether an argument is a list of tensors. An empty list counts as a list of tensors, as in torch."""
+    """Return whether an argument is a list whose entries are tensors or None. As in torch, the list may be empty."""
     return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
 
 
@@ -385,7 +386,8 @@ def _places(inputs: Sequence[Any]) -> list[Place]:
 def _entry(value: Any, dim: Any, i: int) -> Any:
     """Return sample i of a value that is batched along `dim`.
 
-    If the value is a list, `dim` is a list with one axis for each element, or one axis for all elements.
+    If the value is a list, `dim` is either a list with one axis for each element, or a single axis for all
+    elements. If the axis is None, the value is not batched and is returned unchanged.
     """
     if isinstance(value, list):
         dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)

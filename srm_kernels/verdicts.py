@@ -144,7 +144,7 @@ def sources_digest() -> str:
 
 
 def key_of(device: str, capability: tuple[int, int], driver: str) -> Key:
-    """Return the key of a device with the installed torch, Triton and kernels."""
+    """Return the `Key` for a device and driver, the installed torch and Triton, and the current kernel sources."""
     return Key(
         device, ".".join(map(str, capability)), driver, torch.__version__, triton_version(), sources_digest()
     )
@@ -159,7 +159,10 @@ def key_of_cuda(index: int) -> Key:
 
 @cache
 def driver_version() -> str:
-    """Return the version of NVIDIA's kernel module; if it cannot be read, the CUDA version that the driver supports."""
+    """Return the version of the NVIDIA driver.
+
+    If this version cannot be read, the result is the CUDA version that the driver supports, or "unknown".
+    """
     with suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text("utf-8", errors="replace")
         found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)*)\s", text, flags=re.MULTILINE)
@@ -197,7 +200,10 @@ def slug(key: Key) -> str:
 
 
 def path_of(key: Key) -> Path:
-    """Return the file of a device; its name has no versions, so that a new verdict replaces an old one."""
+    """Return the path of a device's verdict file.
+
+    The file name contains no versions, so a new verdict of the device replaces the old one.
+    """
     return cache_folder() / f"verdict-{slug(key)}.json"
 
 
@@ -226,14 +232,15 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 
 
 def doubts(key: Key) -> Verdict | None:
-    """Return the faults that this machine measured with another driver or patch version of torch or Triton.
+    """Return the faults measured on this machine with another driver, or another patch version of torch or Triton.
 
     A shipped verdict holds for all drivers and patch versions. If this machine measured a fault in a group
     (an operator and a dtype), the shipped verdict is not used for this group. Calls of the operator in this
     dtype then use the default backend. Faults that the environment can cause are left out.
 
     Returns:
-        A verdict whose rows are the faults and whose groups are all unfinished. None if there are no faults.
+        A verdict whose rows are the faults, or None if there are no faults. All groups of this verdict are
+        marked as unfinished, because the other rows of these groups are left out.
     """
     try:
         kept = read(path_of(key))
@@ -348,7 +355,7 @@ def checked_row(row: Any) -> Row:
 
 
 def _renamed(value: Any) -> Any:
-    """Return a field with the backend names of this release."""
+    """Return a field of a row, with old backend names replaced by the names of this release."""
     if isinstance(value, dict):
         return {_renamed(key): _renamed(inner) for key, inner in value.items()}
     return RENAMED.get(value, value) if isinstance(value, str) else value
@@ -403,8 +410,8 @@ def _write(path: Path, text: str) -> None:
 def held(key: Key) -> Iterator[bool]:
     """Lock a device for measurement. Yield False if another process holds the lock, and True otherwise.
 
-    The lock ends with the context, or with the process if the process ends first. If the system cannot write or lock
-    the lock file, the context yields True.
+    The lock is released when the context exits or the process ends. If the system cannot write or lock the lock file,
+    for example in a read-only folder, the context yields True, and the measurement runs without a lock.
     """
     try:
         folder = cache_folder()
@@ -428,7 +435,11 @@ def held(key: Key) -> Iterator[bool]:
 
 
 def with_machine(rows: Iterable[Row], key: Key) -> list[Row]:
-    """Return copies of rows with the device and versions in a field `machine`, as `export` writes them."""
+    """Return copies of rows with an additional field `machine`.
+
+    `machine` contains the fields of `key`, "cuda" as the kind of the device, and the CUDA version of torch. `export`
+    and `python -m srm_kernels verify --json` write rows in this form.
+    """
     machine = {**key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
     return [{**row, "machine": machine} for row in rows]
 
@@ -436,7 +447,7 @@ def with_machine(rows: Iterable[Row], key: Key) -> list[Row]:
 def export(verdict: Verdict, path: Path) -> None:
     """Write the rows of finished groups as JSON lines, for `bench/results` or `SHIPPED`.
 
-    Each line contains a row and its field `machine`.
+    Each line is one row with an additional field `machine`: the device and the versions (see `with_machine`).
     """
     finished = [
         row for row in with_machine(verdict.rows, verdict.key) if group_of(row) not in verdict.unfinished
@@ -451,8 +462,8 @@ def export(verdict: Verdict, path: Path) -> None:
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
     """Return the verdict shipped for this device, capability, kernel sources and minor versions of torch and Triton.
 
-    The driver version is not compared. If a file has a line that `export` could not have written, the file is ignored
-    with a warning.
+    The driver version is not compared. If a file cannot be read, or one of its lines is not a valid row with a field
+    `machine`, the whole file is ignored with a warning.
     """
     rows: list[Row] = []
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):
@@ -479,7 +490,7 @@ def _minor(text: str) -> list[str]:
 
 
 def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
-    """Return, for each group, the verdict to use and the rows of this verdict to use.
+    """Return, for each group, which verdict to use and which rows of that verdict to use.
 
     `own` is the verdict of this machine or the result of `doubts`, and `others` is the shipped verdict. For
     each group, there are three cases:
@@ -505,13 +516,13 @@ def faults(rows: Iterable[Row]) -> list[Row]:
 
 
 def dates(rows: Iterable[Row]) -> str:
-    """Return when rows were measured: one date, or the first and the last."""
+    """Return the time at which rows were measured, as text; if the times differ, the first and the last time."""
     found = sorted({row["measured"] for row in rows})
     return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else ""
 
 
 def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
-    """Group rows by operator and dtype, in their order."""
+    """Group rows by operator and dtype, and keep the order of the rows in each group."""
     found: dict[Group, list[Row]] = {}
     for row in rows:
         found.setdefault(group_of(row), []).append(row)

@@ -41,7 +41,8 @@ class Backbone(nn.Module):
             models do not use this argument.
 
     Raises:
-        ValueError: The model is unknown, does not support `features_only=True`, or has no map at one of the strides.
+        ValueError: The model is unknown, does not support `features_only=True`, or has no map at stride 4, 8, 16
+            or 32.
     """
 
     def __init__(self, name: str, *, pretrained: bool = False, image_size: int = 512) -> None:
@@ -105,7 +106,10 @@ class Backbone(nn.Module):
         return True
 
     def _near(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return similar sizes that the model probably accepts."""
+        """Return the model's image size, and the given size rounded down and up to multiples of 32.
+
+        The model probably accepts these sizes.
+        """
         down = [max(side // DEEPEST_STRIDE * DEEPEST_STRIDE, DEEPEST_STRIDE) for side in (height, width)]
         up = [math.ceil(side / DEEPEST_STRIDE) * DEEPEST_STRIDE for side in (height, width)]
         return list(dict.fromkeys([(self.image_size, self.image_size), (down[0], down[1]), (up[0], up[1])]))
@@ -132,7 +136,10 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: Any) -> None:
-    """Raise ValueError unless timm has a model of this name. The message has similar names. No model is built."""
+    """Raise ValueError unless timm has a model of this name.
+
+    The error message lists similar names. The check does not build the model.
+    """
     make_torchvision_importable()
     import timm
 
@@ -146,7 +153,7 @@ def check_backbone(name: Any) -> None:
 def check_size(name: str, image_size: int) -> None:
     """Raise ValueError unless the backbone accepts square images of side `image_size`.
 
-    The message names accepted sizes. The check builds the backbone.
+    The error message names accepted sizes. Unlike `check_backbone`, this check builds the backbone.
     """
 
     def fits(side: int) -> bool:

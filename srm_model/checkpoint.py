@@ -120,7 +120,7 @@ def shipped() -> Path:
     """Return the folder of the checkpoint that comes with the package.
 
     Raises:
-        ValueError: This installation has no such checkpoint.
+        ValueError: This installation does not contain the checkpoint.
     """
     missing = [name for name in (CONFIG, WEIGHTS) if not (SHIPPED / name).is_file()]
     if missing:
@@ -164,7 +164,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: `folder` is a file, or its `config.json` is missing or invalid. `config.json` is invalid if it is
-            not readable, has another format, lacks a key, or has an unknown key or an invalid config.
+            not readable as JSON, its format is not "srm-iqa/1", a key is missing or unknown, or a value is invalid.
     """
     path = Path(folder) / CONFIG
     if Path(folder).is_file():
@@ -209,8 +209,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         folder: Folder of the checkpoint.
 
     Raises:
-        ValueError: A file is damaged, or a tensor is missing, is unexpected or has another shape. The model then stays
-            unchanged.
+        ValueError: A file is missing or damaged, or the checkpoint and the model differ in the names or the shapes of
+            their tensors. The model then stays unchanged.
     """
     path = _weights_path(Path(folder), read_card(folder)["sha256"])
     copy_tensors(model, _read_tensors(path), path)

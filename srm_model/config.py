@@ -133,7 +133,8 @@ class SRMConfig:
         """Return the article's own settings: leverage landmarks, the solver "auto", and keys without normalisation.
 
         With leverage landmarks, the score is discontinuous (docs/METHOD.md §2.0). Without normalised keys, the
-        condition number and the norm of the output have no upper bound (docs/METHOD.md §2.1).
+        condition number of the landmark system and the output of the attention have no useful upper bound
+        (docs/METHOD.md §2.1).
 
         Args:
             changes: Values of other fields, by field name. They override the settings above.
@@ -160,11 +161,11 @@ class SRMConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as values that fit into JSON."""
+        """Return all fields as a dictionary that can be stored as JSON."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def attack_settings(self) -> dict[str, Any]:
-        """Return the fields that influence attacks on a trained model, except the budgets."""
+        """Return the fields that influence attacks on a trained model, except the budgets and `attack_sweep_steps`."""
         return {
             key: value
             for key, value in self.to_dict().items()

@@ -75,7 +75,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
         - "changes": for each landmark method and step, the share of landmark sets that change when each pixel value
           of the first batch changes by step/255 with a random sign;
         - "landmarks": for each link, each landmark method that is not random, and each of the first `pictured` images,
-          a map that counts at each position the heads with a landmark there.
+          the number of heads that have a landmark at each position of the source map.
 
     Raises:
         ValueError: The model has no Nyström attention or no link into a fused stage, or `batches` is empty.
@@ -194,7 +194,7 @@ def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
-    """Return all pairs (method, number of landmarks) with r/4, r/2, r or 2r landmarks, but not more than `keys`."""
+    """Return all pairs of a landmark method and r/4, r/2, r or 2r landmarks; numbers above `keys` are left out."""
     ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
     return [(method, rank) for method in MEASURED_METHODS for rank in sorted(ranks) if rank <= keys]
 

@@ -85,7 +85,7 @@ class ExternalModel(nn.Module):
         """Return the scores, (B,) floating point.
 
         Raises:
-            TypeError: The model does not return a tensor.
+            TypeError: The model returns neither a tensor nor an object whose attribute `logits` is a tensor.
             ValueError: The tensor is not floating point, or its shape is not (B,) or (B, 1).
         """
         output = self.model((images - self.mean.to(images)) * self.gain.to(images))
@@ -96,9 +96,9 @@ class ExternalModel(nn.Module):
         return scores * slope + offset
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
-        """Set slope and offset so that the scores get the mean and standard deviation of the labels.
+        """Set `line` so that the scores have the same mean and standard deviation as the labels.
 
-        The ranking of the images does not change.
+        `line` is the slope and the offset that are applied to the scores. The ranking of the images does not change.
 
         Args:
             scores: Scores of this model, (n,).
@@ -131,8 +131,8 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
         interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:
-        ValueError: The module, name or file does not exist, the callable fails, the program has pickled objects, or the
-            model needs a reference image.
+        ValueError: The module, name or file does not exist, the import or the callable fails, the program cannot be
+            loaded or has pickled objects, or the model needs a reference image.
         TypeError: The object is not a model.
     """
     found = _program(Path(name)) if name.endswith(PROGRAM) else _named(name)
@@ -197,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _current_folder_first() -> Iterator[None]:
-    """Make modules of the current folder importable in the block, as `python -m` does."""
+    """Make modules of the current folder importable within the `with` block, as `python -m` does."""
     folder = os.getcwd()  # noqa: PTH109, sys.path holds strings
     sys.path.insert(0, folder)
     try:
@@ -231,9 +231,9 @@ def _program(path: Path) -> nn.Module:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` in the block reject objects other than tensors.
+    """Make every `torch.load` within the `with` block load with `weights_only=True`.
 
-    torch's loader of programs does not request this itself.
+    `torch.export.load` needs this context, because it can call `torch.load` with `weights_only=False`.
     """
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)

@@ -22,7 +22,7 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield the path of a temporary file. If the block ends without an exception, this file replaces `path`.
+    """Yield the path of a temporary file. If the `with` block ends without an exception, this file replaces `path`.
 
     The temporary file has the suffix of `path`, because some writers choose the format by the suffix. Missing parent
     folders are created.
@@ -84,9 +84,9 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
-    `text` may contain file names that are not UTF-8. In such a name, Python represents each invalid byte by a surrogate
-    escape. Each surrogate escape is written as an escape sequence, from `\\udc80` to `\\udcff`, so a JSON reader
-    restores the same file name.
+    `text` may contain file names that are not valid UTF-8. In such a name, Python represents each invalid byte by a
+    lone surrogate, U+DC80 to U+DCFF. The surrogate is written to the file as a JSON escape, for example `\\udc80`, so a
+    JSON reader restores the file name.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
@@ -118,7 +118,7 @@ def append_line(path: str | Path, text: str) -> None:
 
 @contextmanager
 def claimed(path: str | Path, name: str) -> Iterator[bool]:
-    """Try to lock a name for the block, and yield whether this process has the lock.
+    """Try to lock a name during the `with` block, and yield whether this process has the lock.
 
     The operating system releases the lock when the process ends, even if the process is killed.
 
@@ -139,7 +139,7 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 
 @contextmanager
 def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Lock a folder for the block, so that no other process writes to the folder.
+    """Lock a folder during the `with` block, so that no other process of this program writes to the folder.
 
     If the folder is missing, it is created; if it then stays empty, it is removed at the end of the block. The
     operating system releases the lock when the process ends. Forked processes do not inherit the lock. On a file system

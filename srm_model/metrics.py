@@ -107,8 +107,8 @@ class LogisticMap:
         """Create a map from the result of `to_dict`.
 
         Raises:
-            ValueError: An entry is missing or unknown, `beta` is not five finite numbers, `center` is not finite, or
-                `scale` is not finite and positive.
+            ValueError: An entry is missing or unknown, `beta` is not five finite numbers, `center` is not a finite
+                number, or `scale` is not a finite number above 0.
         """
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
@@ -204,9 +204,10 @@ def _array(name: str, values: Values) -> FloatArray:
 
 
 def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each attack with more than 1 % zero gradients, or with a gradient that is not finite.
+    """Return a warning for each attack in which over 1 % of the gradients are zero, or any gradient is not finite.
 
-    The result of such an attack may overstate robustness, because the attack makes no progress without a gradient.
+    Where the gradient is zero or not finite, a gradient attack makes no progress. The result of the attack may then
+    overstate the robustness of the model.
 
     Args:
         attacks: Dict from the name of each attack to its entry, as in `SuiteResult.attacks`. An entry has the shares of

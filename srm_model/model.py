@@ -116,7 +116,7 @@ class IQAModel(nn.Module):
         return self.head(output.fused), output.losses
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the backbone's four maps of images (B, 3, H, W) in [0, 1], shallowest first."""
+        """Return the backbone's four feature maps for images (B, 3, H, W) in [0, 1], shallowest first."""
         _check_images(images, self.mean)
         return self.backbone((images - self.mean) / self.std)
 

@@ -94,7 +94,10 @@ def is_stochastic(model: nn.Module) -> bool:
 
 
 def in_backward() -> bool:
-    """Return whether this thread is in a backward pass, as when gradient checkpointing repeats a forward pass."""
+    """Return whether this thread is in a backward pass.
+
+    The result is also True in a forward pass that gradient checkpointing repeats during the backward pass.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -105,8 +108,8 @@ def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False)
         name: Name of the tensor in messages.
         given: The tensor to check.
         own: A tensor of the module.
-        promoted: Whether to accept also a dtype that arithmetic with `own` converts to the dtype of `own`, such as fp16
-            if `own` is fp32.
+        promoted: Whether to also accept a tensor whose dtype is promoted to the dtype of `own` when the two tensors are
+            added. For example, fp16 is then accepted if `own` is fp32.
 
     Raises:
         ValueError: The devices differ.

@@ -1,7 +1,7 @@
 """Norms of perturbations (docs/METHOD.md §6). To add a norm, only this file has to change.
 
-Other modules refer to a norm by its name, which is its key in `NORMS`. Methods import torch when they are called, so
-that `srm-iqa --help` does not import torch.
+Other modules refer to a norm by its name, which is its key in `NORMS`. Functions and methods of this module import
+torch only when they are called, so that `srm-iqa --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PROJECTION_ROUNDS = 2
 
 
 class Norm(ABC):
-    """A norm of perturbations (B, 3, H, W), per image.
+    """A norm, which measures the perturbation of each image in a batch (B, 3, H, W).
 
-    A config can have the fields `attack_step_NAME`, `eps_NAME` and `eps_NAME_tables`, where NAME is the norm's `name`.
-    These fields override `step`, `budgets` and `tables`.
+    If a config has the field `attack_step_NAME`, `eps_NAME` or `eps_NAME_tables`, where NAME is the norm's `name`, the
+    field overrides `step`, `budgets` or `tables`, respectively.
 
     Attributes:
         name: Name in files and on the command line.
@@ -88,7 +88,7 @@ class Norm(ABC):
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """Return a function that projects points to the ball around their image and to [0, 1].
+        """Return a function that projects each point into the ball around its image and into [0, 1].
 
         The points have the shape (n, B, 3, H, W): n points for each of the B images.
         Rounding never moves a result out of the ball or out of [0, 1].
@@ -99,7 +99,7 @@ class Norm(ABC):
         return eps
 
     def brief(self, eps: float) -> str:
-        """Format a budget as the command line accepts it."""
+        """Format a budget in the form that the command line accepts."""
         return f"{eps:.4g}"
 
     def text(self, eps: float) -> str:
@@ -152,7 +152,7 @@ class LInf(Norm):
 class L2(Norm):
     """The Euclidean norm of an image's 3×H×W tensor.
 
-    Budgets are stated for 512² pixels and scaled by √(HW)/512.
+    A budget is stated for images of 512×512 pixels. For an image of H×W pixels, it is multiplied by √(HW)/512.
     """
 
     name = "l2"

@@ -55,7 +55,8 @@ def quality_map(
         The map.
 
     Raises:
-        ValueError: The shape is wrong, or a score is not finite.
+        ValueError: The image has a wrong shape, or the score of the image or of a copy with a replaced window is not
+            finite.
     """
     if image.dim() != 3 or min(image.shape[1:]) < SHARE:
         raise ValueError(
@@ -107,7 +108,7 @@ def _occluded(image: Tensor, corners: list[tuple[int, int]], height: int, width:
 
 
 def _rim(side: int) -> Tensor:
-    """Return blending weights along one side of a window: 1 inside, falling towards both edges to avoid a seam."""
+    """Return blending weights along one side of a window: 1 in the middle, lower near both edges to avoid a seam."""
     distance = torch.arange(1, side + 1)
     return (torch.minimum(distance, distance.flip(0)) / (side // _RIM + 1)).clamp(max=1)
 

@@ -1,4 +1,4 @@
-"""Collective operations over a torch.distributed process group. Without a group, a process is rank 0 of 1."""
+"""Collective operations over a torch.distributed process group. Without a group, there is one rank, rank 0."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ class BatchStatistics:
         finished: Whether `finish` was called.
         sigma: σ of each link, (H,), by the link's name.
         norms: Root mean square of M for each image of the batch, (N,).
-        median_rms: M₀ before this batch.
-        averages: σ̄ after this batch, by the link's name.
+        median_rms: M₀ as it was before the update with this batch.
+        averages: Copy of σ̄ that is updated with this batch, by the link's name.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class BatchStatistics:
         self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
 
     def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
-        """Add the mean and σ of the link `name` for one micro-batch.
+        """Add `scale`, the mean and σ of the output Y of the link `name`, for one micro-batch.
 
         `tokens` is the number of tokens in all images of the micro-batch.
         """
@@ -59,13 +59,14 @@ class BatchStatistics:
         self._moments.setdefault(name, []).append(packed)
 
     def add_gate(self, weights: Tensor, norm: Tensor) -> None:
-        """Add the detached gate weights (B, S) and root mean squares of M (B,) of one micro-batch."""
+        """Add the detached gate weights (B, S) and the root mean square of M for each image (B,) of one micro-batch."""
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
     def check_again(self, again: BatchStatistics) -> None:
-        """On a CPU, raise RuntimeError if gradient checkpointing repeated the forward pass of another batch.
+        """On a CPU, raise RuntimeError if gradient checkpointing did not repeat the last forward pass.
 
-        `again` has the statistics of the repeated pass, and `self` has those of the batch that it should repeat.
+        `self` has the statistics of the last forward pass, and `again` has the statistics of the repeated pass. The two
+        differ if gradient checkpointing repeated an earlier forward pass, on another batch.
         """
         (one,), (other,) = self._gates, again._gates
         if one.device.type == "cpu" and (
@@ -77,7 +78,7 @@ class BatchStatistics:
             )
 
     def finish(self) -> None:
-        """Combine the micro-batches of all ranks. Every rank calls this method."""
+        """Combine the statistics of all micro-batches of all ranks. Every rank must call this method."""
         self._parts = max(len(self._gates), 1) * ranks.place()[1]
         self.finished = True
         if self._parts == 1:

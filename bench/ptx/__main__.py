@@ -1,8 +1,8 @@
 """Run compiled Triton kernels on the PTX emulator.
 
-`python -m bench.ptx --matrix` checks every kernel, on up to five architectures and in up to three dtypes. A
-check fails if the error of a result exceeds the bound of the numerics rule (`srm_kernels/numerics.py`), or if
-the emulator reports a memory fault or refuses a launch.
+`python -m bench.ptx --matrix` checks every kernel, on up to five architectures and in up to three dtypes. A check fails
+if the error of a result exceeds the bound of the numerics rule (`srm_kernels/numerics.py`), if the emulator reports a
+fault (such as an invalid memory access or a race), if it refuses a launch, or if the code raises an error.
 
 `python -m bench.ptx --report` counts the instructions of the kernels at the article's shapes. From the
 counts, the report estimates which unit of a GPU limits each kernel.
@@ -48,7 +48,7 @@ def _about() -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Write the rows and the page after each architecture, so that a run that is stopped keeps its rows."""
+    """Write the report's rows and page after each architecture, so that an interrupted run keeps the finished rows."""
     from . import report
 
     out = options.out or SIMULATED

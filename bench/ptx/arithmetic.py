@@ -107,7 +107,7 @@ def shr(x: Any, n: Any) -> Any:
 
 
 def _funnel(lo: Any, hi: Any, n: Any, wrap: bool) -> tuple[Any, Any]:
-    """Return hi and lo joined to 64 bits, and the shift count: n mod 32 with `wrap`, otherwise min(n, 32)."""
+    """Return the 64-bit number (hi, lo) and the shift count, which is n mod 32 with `wrap`, otherwise min(n, 32)."""
     n = (n & u4(31)) if wrap else np.minimum(n, u4(32))
     return _joined(lo, hi), np.asarray(n).astype(u8)
 

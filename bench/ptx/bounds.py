@@ -39,7 +39,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         - "kernel": name of the kernel.
         - "blocks": number of thread blocks in all copies of the grid.
         - "warps": warps per thread block.
-        - "registers": registers per thread; 128 if there is no SASS.
+        - "registers": registers per thread, from the SASS. If the SASS is not counted, 128 is assumed.
         - "resident": thread blocks that one SM can hold at once.
         - "waves": blocks / (SMs × resident).
         - "uneven": the largest number of thread blocks on one SM, divided by the mean number per SM.
@@ -50,7 +50,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         - "units": warp instructions by unit, from the SASS if it is counted, else from the PTX.
         - "ptx": PTX instructions by unit, and matrix products by shape and type.
         - "opcodes": SASS warp instructions by opcode, for the 25 most frequent opcodes.
-        - "lines": SASS warp instructions by source line, for the 25 most frequent source lines.
+        - "lines": SASS warp instructions by source line, for the 25 source lines with the most instructions.
         - "products": fused multiply-adds of matrix products, by type.
         - "repeated": number of matrix products divided by the number of distinct products. Every wgmma counts
           as distinct.

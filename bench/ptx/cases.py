@@ -34,9 +34,9 @@ class Case:
         make: Function dtype → (call, inputs).
         dtypes: Dtypes of the case.
         sample: (dtype, architecture) pairs that continuous integration runs.
-        shares_size: Which magnitude defines the fp32 unit in the term "8 units of fp32" of the numerics rule.
-            If True, it is the largest magnitude of all results and gradients of the call. If False, it is the
-            magnitude of the result or gradient that is judged.
+        shares_size: If True, the term "8 units of fp32" of the numerics rule (`srm_kernels.numerics`) is
+            computed from the largest magnitude of all results and gradients of the call. If False, the term is
+            computed from the magnitude of the result or gradient that is judged.
     """
 
     name: str
@@ -63,7 +63,10 @@ def strided(tokens: Tensor, *, heads_inside: bool) -> Tensor:
 
 
 class _LandmarksOfKernels:
-    """Compute attention; the reference uses the landmarks that the kernels chose in an earlier call."""
+    """Compute attention; backends other than "triton" use the landmarks that "triton" chose in the previous call.
+
+    With the option `given`, all backends use the first `rank` keys as landmarks.
+    """
 
     def __init__(self, rank: int, options: dict[str, Any]) -> None:
         self.rank, self.options, self.chosen = rank, options, torch.empty(0)
@@ -136,7 +139,7 @@ def operator(
 
 
 def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
-    """Return a case in fp32 that solves the landmark system, with the gradients of keys and right-hand side."""
+    """Return an fp32 case that solves the landmark system and computes the gradients of keys and right-hand side."""
 
     def call(keys: Tensor, rhs: Tensor, *, backend: str) -> Tensor:
         logits = keys @ keys.mT / keys.shape[-1] ** 0.5

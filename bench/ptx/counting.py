@@ -23,21 +23,23 @@ FLOAT_TYPES = ("f32", "f32x2", "bf16x2", "f16x2", "f16", "bf16", "f64")
 
 @dataclass
 class Counters:
-    """Counters of an execution. All except `blocks`, `grid` and `ran` need `count=True`.
+    """Counters of an execution.
 
-    Keys of `global_requests`, `shared_requests` and `products` are indices of instructions in the kernel.
+    Without `count=True` in `Execution` or `emulated_device`, only `blocks`, `grid` and `ran` have values. Keys of
+    `global_requests`, `shared_requests` and `products` are indices of instructions in the kernel. If a warp executes an
+    instruction or a basic block several times, every execution counts.
 
     Attributes:
-        blocks: Number of warps that executed each basic block.
-        global_requests: For each instruction, [warps, sectors, bytes that the lanes request].
-        shared_requests: For each instruction, [warps, wavefronts, wavefronts that would be needed without
-            bank conflicts].
+        blocks: For each basic block, number of executions by warps.
+        global_requests: For each instruction, [executions by warps, sectors, bytes that the lanes request].
+        shared_requests: For each instruction, [executions by warps, wavefronts, wavefronts that would be needed
+            without bank conflicts].
         products: For each instruction, [all products, distinct products]. One execution of a matrix
             instruction by one warp is one product. If several warps of a thread block multiply equal operands
             at the same time, their products count as one distinct product. Products of wgmma always count as
             distinct.
-        read: Sectors of 32 bytes of global memory that were read.
-        written: Sectors of 32 bytes of global memory that were written.
+        read: Indices of the sectors (32 bytes) of global memory that were read.
+        written: Indices of the sectors (32 bytes) of global memory that were written.
         grid: Number of thread blocks in the grid.
         ran: Number of thread blocks that were executed.
     """
@@ -57,7 +59,10 @@ class Counters:
         return self.grid / max(1, self.ran)
 
     def count_global(self, number: int, address: Any, active: Any, size: int, touched: set[int]) -> None:
-        """Count the sectors of an access of `size` bytes per lane; `active` is (warps, 32), or None for all lanes."""
+        """Count the sectors of an access to global memory with `size` bytes per lane, and add them to `touched`.
+
+        `active` (warps, 32) says which lanes are active. None means that all lanes are active.
+        """
         sectors = (address.view(i8) >> 5).reshape(-1, 32)
         lanes = sectors.size
         if active is not None:
@@ -92,10 +97,11 @@ class Counters:
         _add(self.shared_requests, number, int(active.sum()), int(fullest.sum()), int((fullest > 0).sum()))
 
     def count_rows(self, number: int, rows: Any, first: bool) -> None:
-        """Count the wavefronts of one 8×8 matrix of ldmatrix.
+        """Count the wavefronts of one of the 8×8 matrices that an ldmatrix instruction loads.
 
         A row of the matrix has 16 bytes. `rows` (warps, 8) has the byte offset of each row. `first` says whether the
-        matrix is the first of the instruction.
+        matrix is the first of the instruction. The warps that execute the instruction are counted only with the first
+        matrix.
         """
         words = (rows[:, :, None] // 4 + np.arange(4)).reshape(len(rows), -1)
         fullest = _fullest_bank(words, np.ones(words.shape, bool))
@@ -128,7 +134,7 @@ def _add(table: dict[int, list[int]], number: int, *amounts: int) -> None:
 
 
 def _fullest_bank(words: Any, chosen: Any) -> Any:
-    """Return, for each row, the number of chosen words in the bank with the most chosen words."""
+    """Return the largest number of words in one bank, for each row of `words`; `chosen` says which words count."""
     bank = words % 32 + 32 * np.arange(len(words))[:, None]
     return np.bincount(bank[chosen], minlength=32 * len(words)).reshape(-1, 32).max(1)
 
@@ -194,8 +200,8 @@ def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dic
 
     A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". A frame is omitted
     if the name of its file starts with an entry of `library`. Each call chain has a counter. Its keys are the
-    units and the names of two sums: "all" is the number of counted instructions, and "lsu" is the number of
-    shuffles plus the number of wavefronts of shared memory. Moves are not counted.
+    units and the names of two sums: "all" is the sum over all units, and "lsu" is the number of shuffles plus the
+    number of wavefronts of shared memory. Moves are not counted.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     requests, scale = launch.counters.shared_requests, launch.counters.scale
@@ -212,7 +218,11 @@ def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dic
 
 
 def by_line(launch: Launch) -> dict[tuple[str, int], list[float]]:
-    """Return (file, line) → [number of PTX instructions, sum of their executions by warps], without moves."""
+    """Count PTX instructions and their executions by source line.
+
+    The keys are (file, line). The values are [number of PTX instructions of the kernel, executions of these
+    instructions by warps of the whole grid]. Moves are not counted.
+    """
     lines: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     files = launch.program.kernel.files
     for ins, unit, times in executed(launch):

@@ -70,7 +70,7 @@ class Launch:
 
 
 class _Driver:
-    """The part of a driver that Triton uses before it compiles."""
+    """The methods of a GPU driver that Triton calls before it compiles a kernel."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -113,7 +113,7 @@ class Device:
         self._names, self._blocks, self._keep, self._options = names, blocks, keep, options
 
     def reports(self) -> list[tuple[str, Report]]:
-        """Return the reports of all launches, each with the name of its kernel; "copies" are not faults."""
+        """Return the reports of all launches as pairs (kernel name, report); the kind "copies" is not a fault."""
         return [(launch.name, report) for launch in self.launches for report in launch.reports]
 
     def fault_texts(self) -> list[str]:
@@ -177,7 +177,7 @@ class Device:
 def _bound(
     program: Program, signature: dict[str, Any], values: dict[str, Any]
 ) -> tuple[dict[str, bytes], list[Allocation], list[torch.Tensor]]:
-    """Return the bytes of each kernel parameter, the storages of the tensor arguments, and these tensors."""
+    """Return the kernel parameters as bytes, the tensor arguments' storages, and the tensor arguments themselves."""
     flat: list[tuple[str, Any]] = []
     for name, kind in signature.items():
         _flatten(kind, values[name], flat)
@@ -234,11 +234,11 @@ def emulated_device(
     Args:
         architecture: Compute capability times ten: 80, 86, 89, 90 or 120.
         check: Look for memory faults and races.
-        count: Count memory transactions and repeated products.
+        count: Count accesses to memory and products of matrix instructions (see `Counters`).
         order: "together" runs all warps of a thread block in lockstep. "forward" and "reversed" run the warps
             one after the other, each up to the next barrier. "forward" starts with the first warp, "reversed"
             with the last.
-        global_checks: With `check`, look for races through global memory too.
+        global_checks: If `check` is True, also look for races in global memory.
         poison: Fill new uninitialised memory of PyTorch (`torch.empty`). Floating-point memory is filled with
             NaN, and integer memory with the largest integer.
         names: Names of the kernels to execute, without leading underscores; other kernels are skipped. If
@@ -248,8 +248,8 @@ def emulated_device(
         keep: Keep the tensors of every launch in `Launch.tensors`.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET=1 is set, so that Triton compiles no kernel. Or a launch is refused, by
-            Triton or by the device, as on a GPU.
+        RuntimeError: The environment variable TRITON_INTERPRET is 1, and Triton therefore compiles no kernels. As on
+            a GPU, this error is also raised if Triton or the device refuses a launch.
         ValueError: The architecture or the order is unknown.
         Unsupported: A kernel contains an instruction that is not modelled.
     """

@@ -1,4 +1,4 @@
-"""Execute a launch with arrays: a register is an array with one element per lane.
+"""Execute a kernel launch with NumPy arrays: each register is an array with one element per lane.
 
 A group (`state.Group`) is a set of lanes that execute basic blocks together. If lanes diverge, the lanes
 whose next basic block has the lowest index run first. The order of an execution is the order in which the
@@ -33,20 +33,20 @@ ORDERS = ("together", "forward", "reversed")
 
 
 class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, WarpgroupProducts):
-    """Run one launch and record its reports and counters.
+    """Run one kernel launch, and record reports (for example of races) and counters.
 
     Args:
         program: The translated kernel.
-        grid: One to three dimensions.
+        grid: Number of thread blocks along each of one to three dimensions.
         warps: Warps per thread block.
-        parameters: Bytes of every parameter, by name.
+        parameters: Value of every kernel parameter, as bytes, by name.
         allocations: Memory that the kernel may access.
         shared: Bytes of shared memory per thread block.
-        check: Look for memory faults and races.
-        count: Count memory transactions and repeated products.
+        check: Whether to look for memory faults and races.
+        count: Whether to count memory transactions, matrix products and distinct matrix products (see `Counters`).
         order: One of `ORDERS`.
         lanes: Approximate number of lanes that are executed together.
-        global_checks: With `check`, look for races through global memory too.
+        global_checks: Whether `check` also looks for races in global memory.
     """
 
     def __init__(

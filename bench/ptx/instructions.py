@@ -26,10 +26,13 @@ def is_mixed(ins: Instruction) -> bool:
 
 
 class ScalarInstructions(Operands):
-    """Emit arithmetic, logic and conversions. Each instruction has a method of the same name."""
+    """Emit arithmetic, logic and conversions.
+
+    The method for an instruction is named after it, with a leading underscore: `_add` emits add.
+    """
 
     def _arithmetic(self, ins: Instruction, form: str) -> list[tuple[Any, str]]:
-        """Emit an arithmetic instruction; `form` is a Python expression of the fields {a}, {b} and {c}."""
+        """Emit an arithmetic instruction; in the expression `form`, {a}, {b} and {c} stand for the operands."""
         kind = ins.op[-1]
         operands = list(zip("abc", ins.args[1:], strict=False))
         if kind in PACKED:

@@ -1,9 +1,9 @@
-"""Execute the compiled kernels as PTX on a CPU and judge them by the numerics rule: `python -m bench.ptx --matrix`.
+"""Execute the compiled kernels as PTX on a CPU and check their results: `python -m bench.ptx --matrix`.
 
-The rule is in `srm_kernels/numerics.py`. There is a row for each case, dtype, architecture and order of the
-warps. A row has the largest ratio of an error to its bound, the reports of the memory checks, the refused
-launches, and a digest of the code that ran. If a case has the same code on two architectures, the code runs
-once.
+The numerics rule of `srm_kernels/numerics.py` gives the bounds of the errors. The output has a row for each
+case, dtype, architecture and order of the warps. A row has the largest ratio of an error to its bound, the
+reports of the memory checks, the refused launches, and a digest of the code that ran. If a case has the same
+code on two architectures, the code runs once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Run(NamedTuple):
 class Configuration(NamedTuple):
     """A kernel with the options of one launch.
 
-    The launch rules of the package choose the options. Every branch of these rules gives a configuration.
+    The launch rules of the package choose the options, so every branch of a launch rule gives a configuration. A test
+    uses configurations to check that the sample of continuous integration covers every branch.
     """
 
     kernel: str
@@ -73,7 +74,7 @@ def runs(
     architectures: Sequence[int] = ARCHITECTURES,
     orders: Sequence[str] = ("together",),
 ) -> Iterator[Run]:
-    """Yield the runs of the whole matrix, or of the sample of continuous integration."""
+    """Yield the runs of the whole matrix, or only the sample that continuous integration runs."""
     for case in (*operator_cases(), *neck_cases()):
         served = getattr(case, "architectures", ARCHITECTURES)
         for dtype in case.dtypes:

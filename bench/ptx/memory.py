@@ -42,9 +42,10 @@ class Allocation:
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
         """Return four arrays, each with one entry for each word of `word` bytes.
 
-        The first two arrays have the moment of the last store to each word, and the warp that stored. The
-        other two arrays have the moment of the last load of each word, and the warp that loaded. A moment is
-        a number that identifies a thread block and one of its intervals between two barriers.
+        The first array has the moment of the last store to each word, and the second array has the warp that
+        stored. The third array has the moment of the last load of each word, and the fourth array has the warp
+        that loaded. A moment is a number that identifies a thread block and one of its intervals between two
+        barriers.
         """
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
@@ -60,8 +61,8 @@ class GlobalMemory(State):
     ) -> list[tuple[Allocation, Any]]:
         """Return a pair (allocation, indices of the lanes that access it) for each accessed allocation.
 
-        The indices are None if all lanes of the group access this allocation. A lane is reported and left out
-        if its address is misaligned, or if the bytes that it accesses are not all inside one allocation.
+        The indices are None if all lanes of the group access the same allocation. A lane is reported and left
+        out if its address is misaligned, or if the bytes that it accesses are not all inside one allocation.
         """
         address = group.full(address).view(i8)
         if mask is not None:
@@ -168,7 +169,7 @@ class GlobalMemory(State):
     def _loaded(
         self, group: Group, number: int, allocation: Allocation, address: Any, lanes: Any, size: int
     ) -> None:
-        """Report races of a load of `size` bytes per lane, and record the load in the marks of the words."""
+        """Report races of a load of `size` bytes per lane, and record the load in the allocation's marks."""
         word = self.program.word
         stored, storer, loaded, loader = allocation.marks(word)
         now, warp = self._moment(group, lanes)
@@ -198,7 +199,7 @@ class GlobalMemory(State):
         value: Any,
         width: int,
     ) -> None:
-        """Store `value`. For words whose value changes, report races and record the store in the marks."""
+        """Store `value`. For words whose value changes, report races and record the store in the allocation's marks."""
         view, word = allocation.views[width], self.program.word
         changed = view[index] != value
         view[index] = value

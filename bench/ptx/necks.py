@@ -8,7 +8,7 @@ from srm_model import SRMConfig
 
 
 class NeckCase(NamedTuple):
-    """A neck and its input maps; `grids` and `channels` have the (h, w) and the C_i of the four levels."""
+    """A neck and its four input maps; `grids` has the (h, w) of each map, and `channels` its number of channels."""
 
     name: str
     config: SRMConfig

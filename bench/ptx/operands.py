@@ -123,7 +123,11 @@ class Operands:
         return self.bits(arg, 4)
 
     def _touches(self, ins: Instruction) -> list[str]:
-        """Return the code of a call of `touch`; for an instruction without registers of wgmma, no code."""
+        """Return the code that calls `touch` for an instruction, or no code if no call is needed.
+
+        A call is needed if the instruction reads an accumulator of wgmma, or writes an accumulator or an operand
+        register of wgmma. Instructions of wgmma itself need no call.
+        """
         if not self.accumulators or ins.op[0] == "wgmma":
             return []
         stores = ins.op[0] in ("st", "red", "stmatrix", "cp")

@@ -116,7 +116,7 @@ class Kernel:
         registers: All registers.
         blocks: Basic blocks in order.
         targets: Dictionary from each label to the index of the basic block that starts there.
-        shared: Offset of each static array in shared memory, in bytes.
+        shared: Offset of each array in shared memory, in bytes. Dynamic arrays are included.
         shared_bytes: Size of all static arrays in shared memory, in bytes.
         local: Offset of each array in local memory, in bytes.
         local_bytes: Size of all arrays in local memory, in bytes.

@@ -35,7 +35,7 @@ class Program:
         self.wgmma = any(ins.op[:2] == ["wgmma", "mma_async"] for ins in kernel.instructions)
 
     def function(self, number: int, masked: bool) -> Callable[..., Any]:
-        """Return the function of basic block `number`. With `masked`, it runs only the lanes of a mask."""
+        """Return the function of basic block `number`. If `masked`, the function runs only the lanes of a mask."""
         key = (number, masked)
         if key not in self._functions:
             self._functions[key] = self._translator.block(self.kernel.blocks[number], number, masked)

@@ -111,8 +111,9 @@ def row_of(workload: Workload, launch: Any, gpu: Gpu, dtype: str) -> Row:
 def floor_of(found: Row, gpu: Gpu) -> float:
     """Return the floor, a lower bound of the time of a launch in µs.
 
-    The floor is the larger of two times: DRAM bytes divided by the bandwidth, and the FMA of distinct matrix
-    products divided by the rate of the tensor cores.
+    The floor is the larger of two times. The first is the number of DRAM bytes, divided by the bandwidth. The
+    second is the number of fused multiply-adds in distinct matrix products, divided by the rate of the tensor
+    cores.
     """
     products = found["products"]
     fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32
@@ -121,7 +122,7 @@ def floor_of(found: Row, gpu: Gpu) -> float:
 
 
 def page(found: Iterable[Row]) -> str:
-    """Return the rows as a page of tables, one for each GPU."""
+    """Return a Markdown page with one table of rows for each GPU."""
     parts = [
         "# Simulated limits of the kernels\n",
         "Written by `python -m bench.ptx --report`; the rows are in `kernels.jsonl` in the same folder. **No GPU has "

@@ -1,4 +1,4 @@
-"""Estimate the SASS instructions that a launch executes, by unit, opcode and source line."""
+"""Estimate the number of SASS instructions that a launch executes, by unit, opcode and source line."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def _output(*command: str | Path) -> str:
 
 
 def sass_counts(launch: Launch) -> SassCounts | None:
-    """Count the SASS instructions that a launch executes; return None if the launch has no cubin.
+    """Estimate the number of SASS instructions that a launch executes; return None if `read_sass` returns None.
 
-    The number of executions of a SASS instruction is estimated. The estimate is the mean number of executions of the
-    PTX instructions of the same source line. If the source line has no PTX instructions, the estimate is the mean over
+    For each SASS instruction, the estimated number of executions is the mean number of executions of the PTX
+    instructions of the same source line. If the source line has no PTX instructions, the estimate is the mean over
     all PTX instructions of the kernel. PTX moves are left out of both means.
     """
     read = read_sass(launch)

@@ -35,7 +35,8 @@ def _differ(kept: Any, given: Any) -> Any:
 class SharedMemory(State):
     """Execute accesses to shared memory, and check every accessed granule for hazards.
 
-    A lane accesses one granule or several consecutive granules. These granules are called a row.
+    Shared memory is divided into granules of `Program.granule` bytes. With one instruction, a lane accesses one granule
+    or several consecutive granules. These granules are called a row.
     """
 
     def _shared_index(
@@ -48,7 +49,8 @@ class SharedMemory(State):
         Returns:
             A tuple of three entries:
 
-            - for each valid lane, the byte offset of its access in the shared memory of all thread blocks;
+            - for each valid lane, the byte offset of its access in the array that holds the shared memory of all
+              thread blocks;
             - the indices of the valid lanes, or None if all lanes are valid;
             - for every lane, the byte offset of its access in the shared memory of its own thread block, or
               −1 if the lane is not valid.
@@ -130,7 +132,7 @@ class SharedMemory(State):
         _mark(wrote, index, np.broadcast_to(now, last.shape))
 
     def _proxied(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Report writes to granules that a wgmma in flight reads.
+        """Report writes to granules that an unfinished wgmma is still reading.
 
         For each written granule, also record how many proxy fences its thread block has passed. A later wgmma
         that reads the granule needs a proxy fence after the write; this is checked with the recorded number.
@@ -194,10 +196,10 @@ class SharedMemory(State):
     ) -> None:
         """Report lanes that wrote different values to the same address in the same instruction.
 
-        If the lanes belong to several warps, a "race" is reported, which is a fault. If they belong to one warp,
-        "copies" is reported, which is not a fault. An example of "copies" is a butterfly reduction, after which every
-        lane of a warp holds a copy of the sum. These copies can differ in the last bit if the compiler contracts a
-        product with an addition of the reduction, as in fma(x, x, shfl(x·x)).
+        If these lanes belong to several warps, a "race" is reported, which is a fault. If they belong to one warp,
+        "copies" is reported, which is not a fault. For example, a butterfly reduction leaves a copy of the sum in every
+        lane of a warp, and all lanes can store their copies to one address. The copies can differ in the last bit if
+        the compiler contracts a product and an addition of the reduction into one fma, as in fma(x, x, shfl(x·x)).
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]
@@ -317,7 +319,7 @@ class SharedMemory(State):
         group.copies.append([group.committed[who].copy(), who, index, kept, number])
 
     def _issue(self, group: Group, number: int, offsets: Any, lanes: Any, size: int) -> None:
-        """Report hazards of a cp.async that starts, and mark the granules that it will write as in flight."""
+        """Report hazards of a cp.async that starts, and mark its destination granules as in flight."""
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         for marks, what in ((read, "read"), (wrote, "wrote")):
             other = by_another_warp(marks[index], now)
@@ -336,7 +338,7 @@ class SharedMemory(State):
             group.committed[group.full(mask)] += 1
 
     def wait(self, group: Group, count: int, mask: Any) -> None:
-        """Complete all cp.async groups except the last `count`; if `count` is −1, uncommitted copies too."""
+        """Complete all cp.async groups except the last `count`; if `count` is −1, also complete uncommitted copies."""
         kept = []
         for entry in group.copies:
             number_of, who, index, data, number = entry

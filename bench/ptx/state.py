@@ -35,8 +35,10 @@ class Report:
         line: Line number in the PTX.
         source: File and line of the Triton source.
         detail: What was wrong.
-        count: Number of affected lanes, summed over all thread blocks. Reports on barriers, and on the shared
-            memory that a wgmma reads, do not count lanes.
+        count: Number of affected lanes, summed over all thread blocks. There are two exceptions. Reports on barriers
+            count thread blocks or warpgroups. Reports on the shared memory that a wgmma reads count pieces of this
+            memory: granules or chunks of 16 bytes. A report on memory that was never written counts 1 for each
+            execution of the wgmma.
     """
 
     kind: str
@@ -47,7 +49,8 @@ class Report:
     count: int = 1
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail} at PTX line {self.line} `{self.text}` ({self.source}), {self.count} lanes"
+        place = f"PTX line {self.line} `{self.text}` ({self.source})"
+        return f"{self.kind}: {self.detail} at {place}, counted {self.count} times"
 
 
 class Group:
@@ -111,7 +114,7 @@ class Group:
         return x if getattr(x, "ndim", 0) else np.broadcast_to(x, (self.lanes,))
 
     def active(self, mask: Any) -> np.ndarray:
-        """Return which warps have an active lane; `mask` has the active lanes, and None means all lanes."""
+        """Return for each warp whether it has a lane that is active in `mask`; None means that all lanes are active."""
         if mask is None:
             return np.ones(self.lanes // 32, bool)
         return self.full(mask).reshape(-1, 32).any(1)
@@ -152,7 +155,7 @@ class State:
         )
 
     def report(self, kind: str, number: int, detail: str, count: int) -> None:
-        """Record a report on an instruction. If it already has a report of this kind, add `count` to that."""
+        """Record a report on an instruction, or add `count` to the earlier report of this kind on the instruction."""
         key = (kind, number)
         if key in self.reports:
             self.reports[key].count += count
@@ -167,12 +170,15 @@ class State:
         return Unsupported(f"{ins.text} (line {ins.line}): {reason}")
 
     def now(self, group: Group, lanes: Any) -> np.ndarray:
-        """Return the marks that the given lanes of a group would write now; None means all lanes."""
+        """Return the marks of an access to shared memory that the given lanes of a group make now.
+
+        The comment above `SEVERAL` describes marks. If `lanes` is None, all lanes make the access.
+        """
         if group.version != self.version:
             group.marks = (self.epoch[group.block] << 10) | group.warp
             group.version = self.version
         return group.marks if lanes is None else group.marks[lanes]
 
     def chunks(self, array: np.ndarray) -> np.ndarray:
-        """View an array with one entry per granule as (chunks of 16 bytes, granules per chunk)."""
+        """View an array with one entry per granule as an array of shape (chunks of 16 bytes, granules per chunk)."""
         return array.reshape(-1, 16 // self.program.granule)

@@ -1,7 +1,7 @@
 """Emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which then needs no GPU.
 
-The command compiles the kernels and judges their results as on a GPU, but the emulator executes the PTX of
-the kernels. The reported times are constants, not measurements.
+With this device, `verify` compiles the kernels and judges their results as on a GPU, but the emulator executes
+the PTX of the kernels. The reported times are constants, not measurements.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class EmulatedDevice(target.Device):
     def running(self) -> Iterator[None]:
         """Execute the launches of the `with` block on the emulator.
 
-        Memory that PyTorch allocates uninitialised is filled with NaN, or with the largest integer.
+        PyTorch's new uninitialised memory (`torch.empty`) is filled: floating-point memory with NaN, and integer memory
+        with the largest integer.
         """
         with emulated_device(self._architecture, poison=True) as self._device, self._plant():
             yield
@@ -55,7 +56,7 @@ class EmulatedDevice(target.Device):
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
         """Run every step once, and return a time in milliseconds for each step.
 
-        Nothing is measured. The times are those of the argument `times` of the class.
+        Nothing is measured. The returned times are the values in the argument `times` of `EmulatedDevice`.
         """
         for step in steps.values():
             step()
@@ -70,7 +71,7 @@ class EmulatedDevice(target.Device):
         return found
 
     def refusals(self) -> list[str]:
-        """Return the reasons of all launches that were refused since the last call of this method."""
+        """Return the reasons why launches were refused since the last call of this method."""
         if self._device is None:
             return []
         found = sorted(set(self._device.refusals))

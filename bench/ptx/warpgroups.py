@@ -1,4 +1,4 @@
-"""Matrix products of a warpgroup: wgmma, its descriptors and its asynchronous hazards."""
+"""Matrix products of a warpgroup: wgmma, its descriptors, and hazards of its asynchronous execution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 class WarpgroupProducts(State):
     """Execute products of a warpgroup immediately.
 
-    For the checks, a product is nevertheless in flight until a wgmma.wait_group completes it.
+    The checks treat each product as in flight until a wgmma.wait_group completes it, because wgmma is asynchronous
+    on a GPU.
     """
 
     def proxy(self, group: Group, mask: Any) -> None:
@@ -55,13 +56,13 @@ class WarpgroupProducts(State):
         group.pending = kept
 
     def touch(self, group: Group, number: int, reads: Any, writes: Any, fresh: bool, mask: Any) -> None:
-        """Report an instruction that reads or writes registers of a wgmma in flight.
+        """Report an instruction that reads or writes accumulators of a wgmma in flight, or overwrites its operands.
 
         Args:
             group: Lanes that execute the instruction.
             number: Index of the instruction in the kernel.
-            reads: Indices of the registers that the instruction reads.
-            writes: Indices of the registers that the instruction writes.
+            reads: Indices of the registers that the instruction reads, among the accumulators of wgmma.
+            writes: Indices of the registers that the instruction writes, among the accumulators and operands of wgmma.
             fresh: Whether the written registers need a wgmma.fence before the next product.
             mask: Active lanes, or None for all.
         """
@@ -83,7 +84,7 @@ class WarpgroupProducts(State):
     def _matrix(
         self, group: Group, number: int, one: Any, size: int, kind: str, major: bool, active: Any
     ) -> tuple[Any, Any]:
-        """Return the matrices that the descriptors `one` describe, and the indices of their chunks.
+        """Return the matrices that the descriptors in `one` describe, and the indices of the chunks that hold them.
 
         The matrices have the shape (units, size, k). For the left operand, size is 64; for the right operand, it is n.
         A unit is a warpgroup, or one warp if warps run one after the other. A chunk is 16 bytes of shared memory.
@@ -219,7 +220,7 @@ class WarpgroupProducts(State):
         return [_accumulated(group, part, one, keep) for part, one in zip(parts, to, strict=True)]
 
     def _check_divergence(self, group: Group, number: int, mask: Any, units: int) -> None:
-        """Report warpgroups of which only some lanes execute wgmma."""
+        """Report warpgroups in which only some lanes execute a wgmma."""
         whole = group.full(mask).reshape(units, -1)
         diverged = whole.any(1) != whole.all(1)
         if diverged.any():
@@ -238,7 +239,8 @@ class WarpgroupProducts(State):
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
         """Report hazards of the shared memory that a product reads, and mark the memory as read.
 
-        The mark has SEVERAL in place of the warp, because all warps of the warpgroup read this memory.
+        The comment above `SEVERAL` in state.py describes marks. Here a mark has SEVERAL instead of the index of a warp,
+        because all warps of the warpgroup read this memory.
         """
         chosen = active[owner]
         chunks = chunks[chosen]

@@ -2,8 +2,8 @@
 
 The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links
 4→3, 4→2 and 4→1. In a large grid, only every n-th program runs. If the grid has programs of several kinds,
-their proportions stay the same. The results of programs that do not run are uninitialised; `_FilledMemory`
-fills them with valid values.
+their proportions stay the same. Programs that do not run leave their part of the results uninitialised.
+`_FilledMemory` therefore fills uninitialised memory with valid values when PyTorch allocates it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Workload(NamedTuple):
     Attributes:
         name: Name of the workload in rows.
         call: Function that launches the kernels for one image. Its argument is the dtype of tokens and maps.
-        batch: Batch size for which times are computed. The counts for one image are multiplied by it.
+        batch: Batch size for which times are computed: the instruction counts of one image are multiplied by `batch`.
     """
 
     name: str
@@ -43,9 +43,9 @@ class _FilledMemory(TorchDispatchMode):
     """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on its previous content.
 
     Later launches read results of programs that did not run, so these results must have valid values.
-    Floating-point numbers are random and between 0.5 and 1.5. Such values can be used as sums, norms and
-    probabilities. The numbers differ, because matrix products with equal operands would be counted as
-    repeated. Integers are valid and distinct indices of landmarks.
+    Floating-point numbers are random and between 0.5 and 1.5, so they can be used as sums, norms and probabilities.
+    They are random and not constant, because the emulator would count matrix products with equal operands as
+    repetitions of one product. Integers are valid landmark indices, and distinct for each head.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -150,7 +150,7 @@ def counted(
     dtype: torch.dtype = torch.bfloat16,
     names: set[str] | None = None,
 ) -> Iterator[tuple[Workload, Launch]]:
-    """Yield every launch of the workloads with its counters.
+    """Yield (workload, launch) for each executed launch of the workloads; `launch.counters` has the counts.
 
     Args:
         workloads: Workloads to launch.

@@ -220,8 +220,8 @@ def nystrom_attention(
     has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers.
 
     On a GPU, the solvers "svd" and "auto" make the host wait for the device, with every backend.
-    `landmark_solve` describes when other solvers wait. `diagnostics=True` also makes the host wait, because
-    the exact κ is computed from singular values.
+    The docstring of `landmark_solve` describes when other solvers make the host wait. `diagnostics=True` also
+    makes the host wait, because the exact κ is computed from singular values.
 
     Args:
         query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value must
@@ -248,9 +248,9 @@ def nystrom_attention(
             of the inputs, and casts W to fp32 before the solve. The article uses "model".
         generator: As in `select_landmarks`.
         tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
-        diagnostics: With True or "estimate", diagnostics are also returned. True and "estimate" mean the same
-            as in `landmark_solve`. `diagnosed_attention` always returns diagnostics, so type checkers know
-            its return type.
+        diagnostics: False, True or "estimate". With True or "estimate", diagnostics are also returned;
+            `landmark_solve` describes the difference between True and "estimate". `diagnosed_attention` always
+            returns diagnostics, so type checkers know its return type.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -260,7 +260,7 @@ def nystrom_attention(
     Raises:
         TypeError: A dtype or type is not accepted.
         ValueError: Shapes or devices do not match, or a value is not accepted.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -326,7 +326,8 @@ def attention_with_scale(
 ) -> tuple[Tensor, RMSScale]:
     """Compute Nyström cross-attention τ Y with the default solver, and the scale statistic of Y.
 
-    The backend "triton" computes the statistic together with the output, without reading the output again.
+    The backend "triton" computes the scale statistic (μ and σ) while it computes the output, so the output is not read
+    from memory again.
 
     Args:
         query: As in `nystrom_attention`.
@@ -462,7 +463,7 @@ def landmark_side(
     Raises:
         TypeError: A dtype or type is not accepted.
         ValueError: Shapes or devices do not match, or a value is not accepted.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     key, value = autocast.lowered(key, value)
     d = _check_attention(key, key, value, qk_norm, scale)
@@ -509,9 +510,11 @@ def _landmark_side(
     """Return K̃, X and I.
 
     With the default solver, the operator `_context` computes K̃ and X. With other solvers, the operator
-    `_blocks` computes R V and the logits of W, and the solver then runs as a separate operator. If no
-    landmarks are given, `_context` and `_blocks` also choose the landmarks with the backend "triton" and a
-    method that has kernels. With other backends or methods, the landmarks are chosen before the operator.
+    `_blocks` computes K̃, R V and the logits of W, and the solver then runs as a separate operator.
+
+    If no landmarks are given, they are chosen in one of two places. If the backend is "triton" and the landmark
+    method has kernels, `_context` or `_blocks` chooses the landmarks. Otherwise, the landmarks are chosen before
+    `_context` or `_blocks` is called.
     """
     choice = options.choice
     if landmarks is not None:
@@ -549,7 +552,8 @@ def full_attention(
 ) -> Tensor:
     """Compute exact cross-attention softmax(Q Kᵀ s) V, the quadratic baseline (section 3.8.5 of the article).
 
-    A second derivative needs the backend "reference", because torch's kernel for the CPU has no second derivative.
+    To compute a second derivative with torch.autograd, set `backend="reference"`, because scaled_dot_product_attention
+    has no second derivative on the CPU.
 
     Args:
         query: As in `nystrom_attention`.
@@ -566,7 +570,7 @@ def full_attention(
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes or devices do not match, or a value is not accepted.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -634,10 +638,11 @@ def _choose_backend(
 
 
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
-    """Return the variant of the operator. Variants run different kernels, so each has its own choice of backend.
+    """Return the variant of the operator: calls that belong to different variants run different kernels.
 
-    Landmarks by leverage, uniform landmarks and given landmarks belong to the same variant. `verify` checks the results
-    with each of the three. It measures times with leverage only, because leverage is the slowest.
+    `backend=None` therefore selects the backend separately for each variant. Landmarks chosen by leverage, uniform
+    landmarks, and landmarks that the caller passes belong to one variant. `verify` checks the results of all three.
+    It measures the times with leverage only, because leverage is the slowest.
     """
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method in ("leverage", "uniform"):

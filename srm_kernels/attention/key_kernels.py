@@ -4,9 +4,9 @@ In this module, (b, h) is one head h of one image b. With at most 512 keys and r
 one launch, with one program per (b, h). The program chooses the landmarks, gathers K̃, computes W and R V (by
 an online softmax) and solves (W + λI) X = R V.
 
-With more keys or larger r or d, the forward pass has several launches. The keys of a (b, h) are divided into
-parts. In the launches for the leverage scores and for R V, each part has its own program. If r·d is too large
-for one program, several programs compute R V of a part, each for `launch_rules.PIECE` landmarks. Further
+With more than 512 keys, or with r or d above 64, the forward pass has several launches. The keys of a (b, h) are
+divided into parts. In the launches for the leverage scores and for R V, each part has its own program. If r·d is too
+large for one program, several programs compute R V of a part, each for `launch_rules.PIECE` landmarks. Further
 launches choose the landmarks and solve the system.
 
 The backward pass first solves the transposed system and computes the gradient of K̃. It then computes dK and
@@ -185,10 +185,10 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """Return matrix⁻¹ rhs with permuted rows, by elimination with partial pivoting, and `place` [R].
+    """Eliminate with partial pivoting; return matrix⁻¹ rhs with permuted rows, and the permutation `place` [R].
 
-    `place` is the permutation: row i of the result is row place[i] of matrix⁻¹ rhs. In the search for a
-    pivot, NaN is treated as infinity. No row is therefore chosen twice, even if the matrix contains NaN.
+    Row i of the returned matrix is row place[i] of matrix⁻¹ rhs. In the search for a pivot, NaN is treated as infinity.
+    No row is therefore chosen twice, even if the matrix contains NaN.
     """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
@@ -268,7 +268,10 @@ def finish(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute X from the sums over all keys. Without SOLVE, compute R V and the logits of W, for another solver."""
+    """Compute X from the sums over all keys.
+
+    Without SOLVE, compute R V and the logits of W instead, so that another solver can compute X.
+    """
     i = tl.arange(0, R)
     tl.store(lse_ptr + i, top + tl.log2(total), mask=i < rank)
     store_matrix(x_ptr, mixed / total[:, None], i, rank, R, d, D)
@@ -455,7 +458,7 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of keys start to stop − 1, through R, to the gradient of normalised K̃."""
+    """Return `gradient` plus the gradient of normalised K̃ through the matrix R, for keys start to stop − 1."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
@@ -477,9 +480,10 @@ def _system_backward_kernel(
 ):  # fmt: skip
     """Compute dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys K̃ of one (b, h).
 
-    The gradient of K̃ has three terms: the gradient through W, the gradient through R, and the gradient of K̃ from the
-    query side. With WHOLE, the kernel computes the sum of all terms. Without WHOLE, it stores only the gradient of the
-    normalised K̃ through W. `_gathered_kernel` then adds the other terms.
+    U is R V. The gradient of K̃ has three terms: the gradient through the matrix W, the gradient through the matrix R,
+    and the gradient that the query side has computed (`dkeys_ptr`). With WHOLE, this kernel stores the sum of the three
+    terms. Without WHOLE, it stores only the first term, as the gradient with respect to the normalised K̃.
+    `_gathered_kernel` then computes the sum of the three terms.
     """
     head = tl.program_id(0).to(tl.int64)
     b, h = head // heads, head % heads
@@ -543,7 +547,7 @@ def _landmarks_backward_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one part of the keys adds, through the matrix R, to the gradient of a piece of normalised K̃."""
+    """Compute the gradient of a piece of normalised K̃ through the matrix R, for one part of the keys."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -634,20 +638,20 @@ def _tokens_backward_kernel(
 
 
 def landmark_context(side: KeySide, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, X, the logsumexp and I as `reference.landmark_context` does."""
+    """Return K̃, X, the logsumexp and the landmark indices I, as `reference.landmark_context` does."""
     return _context(side, ridge)[:4]
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, the logits of W, R V, the logsumexp and I as `reference.landmark_blocks` does."""
+    """Return K̃, the logits of W, R V, the logsumexp and the landmark indices I, as `reference.landmark_blocks` does."""
     keys, rhs, lse, landmarks, logits = _context(side, None)
     return keys, logits, rhs, lse, landmarks
 
 
 def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, X, the base-2 logsumexp of each row of K̃ Kᵀ s, I and an empty tensor.
+    """Return K̃, X, the base-2 logsumexp of each row of K̃ Kᵀ s, the landmark indices I, and an empty tensor.
 
-    If `ridge` is None, the second result is R V instead of X, and the last result is the logits of W.
+    If `ridge` is None, return R V in place of X, and the logits of W in place of the empty tensor.
     """
     key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
     (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None
@@ -730,7 +734,11 @@ def landmark_blocks_backward(
 def _context_backward(
     grads: Sequence[Tensor | None], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
-    """Return [dK, dV] from dK̃ and dX, or from dK̃, d(R V) and the gradient of the logits."""
+    """Return [dK, dV] from the gradients of the results of `_context`.
+
+    If `_context` computed X, `grads` is dK̃, dX and None. If `_context` computed R V and the logits of W (for another
+    solver), `grads` is dK̃, d(R V) and the gradient of the logits.
+    """
     dkeys, dx, dlogits = (None if grad is None else grad.contiguous() for grad in grads)
     keys, x, lse, landmarks = results
     dtype, (B, H, N, d), rank = side.key.dtype, side.key.shape, landmarks.shape[-1]

@@ -1,23 +1,27 @@
-"""Launch configurations of the Triton kernels of Nyström attention: fixed rules on shape and device, no autotuning.
+"""Choose launch configurations for the Triton kernels of Nyström attention by fixed rules, without autotuning.
 
-The division of tokens among programs depends only on N_q or N_k, never on the batch. The sums of an image are
-therefore computed in the same order in every batch. The disadvantage is that a small batch cannot use more
-programs per image than a large batch, although a small batch needs more programs to keep a GPU busy.
+The configurations depend on r, d, the dtype and the compute capability of the GPU. The division of tokens
+among programs also depends on N_q or N_k, but never on the batch. The sums of an image are therefore computed
+in the same order in every batch. The disadvantage is that a small batch cannot use more programs per image than
+a large batch, although a small batch needs more programs to keep a GPU busy.
 
-The table shows busy times of the forward pass of the key side, for an RTX 4090 in bf16, r = 64 and d = 32.
-The times are estimated from the instruction counts of the PTX emulator (`bench/ptx`). The table compares one
-program per (b, h) with several programs per (b, h), one for each part of 256 keys:
+The table shows times of the forward pass of the key side, for an RTX 4090 in bf16, with leverage landmarks,
+r = 64 and d = 32. A time is the sum of the times of all launches, which are estimated from the instruction
+counts of the PTX emulator (`bench/ptx`). For each head h of each image b, the table compares one program with
+several programs, one for each part of 256 keys:
 
     keys     one program    parts, B·H = 1    parts, B·H = 64
     1,024    98 µs          44 µs             72 µs
       512    49 µs          44 µs             45 µs
 
-With 512 keys, parts would save at most 5 µs and need four more launches. One program therefore processes up
-to 512 keys. The results in `bench/results/simulated` were computed with this limit, so not all times of the
-table are there. To simulate another limit, change `MOST_KEYS_OF_ONE_PROGRAM`.
+With 512 keys, the division into parts would save at most 5 µs, but it would need four more launches. One
+program therefore processes up to 512 keys. The results in `bench/results/simulated` were computed with this
+limit. Of the cases in the table, they contain only the parts with 1,024 keys (with B·H = 8 and 64). To simulate
+another limit, change `MOST_KEYS_OF_ONE_PROGRAM`.
 
-The other numbers of this module are based on the registers and shared memory that `python -m bench.resources` prints.
-They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures alternatives on a GPU.
+All numbers of this module except `MOST_KEYS_OF_ONE_PROGRAM` are based on the registers and shared memory that
+`python -m bench.resources` prints. They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures
+alternatives on a GPU.
 """
 
 from __future__ import annotations
@@ -101,7 +105,7 @@ def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tupl
 
 
 def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """Return the configuration of the kernels that hold an r×r matrix, forward and backward."""
+    """Return the configuration of all kernels of the key side except the kernel for dK and dV (see `key_tokens`)."""
     return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1, MOST_REGISTERS)
 
 
@@ -126,7 +130,7 @@ def landmarks_of_a_program(rank: int, d: int) -> int:
 
 
 def landmarks_of_a_gradient(rank: int, d: int, dtype: torch.dtype) -> int:
-    """Return the number of rows of K̃ for which a program sums the gradient in registers at once."""
+    """Return how many rows of the gradient of K̃ a program of the key side sums in registers."""
     rows = landmarks_of_a_program(rank, d)
     return min(PIECE, rows) if _heavy(rank, d, dtype) else rows
 
@@ -139,28 +143,30 @@ def one_launch(keys: int, rank: int, d: int) -> bool:
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
     """Return whether one program loops over all keys of a (b, h) in the backward pass.
 
-    In the backward pass, the steps on r×r matrices leave fewer registers for this loop than in the forward
-    pass. With dtypes other than bf16, the result is therefore True only for smaller r and d than in
-    `one_launch`.
+    The backward steps on r×r matrices leave fewer registers for the loop over the keys than the forward steps.
+    With dtypes other than bf16, the function therefore limits r·d, in addition to the limits of `one_launch`.
     """
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 
 
 def _large(rank: int, d: int) -> bool:
-    """Return whether r or d is above 64, so that some kernels cannot keep a tile in registers."""
+    """Return whether r or d is above 64; if so, some kernels cannot keep a tile in registers."""
     return _padded(rank) > 64 or _padded(d) > 64
 
 
 def _heavy(rank: int, d: int, dtype: torch.dtype) -> bool:
-    """Return whether large tiles are multiplied in "tf32x3", which splits a factor into two 32-bit parts."""
+    """Return whether tiles are large and products with this dtype use the precision "tf32x3".
+
+    The precision "tf32x3" splits each factor into two 32-bit parts.
+    """
     return dtype != torch.bfloat16 and _padded(rank) * _padded(d) > 64 * 32
 
 
 def divide(tokens: int, block: int, least: int) -> Division:
     """Divide tokens among at most `MOST_PARTS` programs.
 
-    The last program can get fewer tokens than the others. Each other program gets at least `least` tokens,
-    and a multiple of `block` tokens.
+    Every program except the last gets the same number of tokens, which is a multiple of `block` and at least
+    `least`. The last program gets the remaining tokens.
     """
     share = max(least, -(-tokens // MOST_PARTS))
     share = -(-share // block) * block

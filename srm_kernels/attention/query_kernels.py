@@ -9,9 +9,10 @@ in a fixed order.
 
 If a program cannot hold all of K̃ and X (see `launch_rules.held`), it reads K̃ and X in pieces for every tile
 of queries, with an online softmax, as in attention with the keys K̃ and the values X. In this case, the
-backward pass has two launches before the last launch. The first launch computes dQ, and stores two numbers
-per query: the logsumexp and δ (see `_queries_backward_kernel`). The second launch computes the partial sums
-of dX and dK̃. Both launches use functions of `key_kernels`, with Q, K̃ and X in place of K̃, K and V.
+backward pass has three launches. The first launch computes dQ, and stores two numbers per query: the
+logsumexp and δ (see `_queries_backward_kernel`). The second launch computes the partial sums of dX and dK̃.
+The third launch adds the partial sums. The first two launches use functions of `key_kernels`, with Q, K̃ and
+X in place of K̃, K and V.
 
 The stored Y is L X, multiplied by τ and then rounded to the dtype of Y. The scale statistic describes the
 rows y of L X before the multiplication and the rounding: their mean, and M₂ = Σ‖y − mean‖². A program
@@ -21,7 +22,7 @@ M₂₂. With n = n₁ + n₂, the union of the two sets has:
 
     mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n
 
-Unlike Σ‖y‖² − n‖mean‖², this formula has no cancellation when the mean is large.
+Unlike Σ‖y‖² − n‖mean‖², the formula for M₂ has no cancellation when the mean is large.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def probabilities(
     NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return L [BLOCK, R] of one tile of queries. Padding is zero."""
+    """Return L [BLOCK, R] of one tile of queries, with zeros in the columns from `rank` on."""
     logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * column_scale[None, :]
     logits = logits * rms_factor(query, d, NORMALISE)[:, None]
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
@@ -314,7 +315,7 @@ def _sum_kernel(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     TAU: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of all programs of a (b, h) in order. Compute dX, dK̃ and the contribution of the (b, h) to dτ."""
+    """Compute dX, dK̃ and the share of dτ for one (b, h); the partial sums of its programs are added in order."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     i = tl.arange(0, R)

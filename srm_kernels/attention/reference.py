@@ -62,10 +62,10 @@ def landmark_system(
 def landmark_context(
     side: KeySide, ridge: float, *, solve: Solve | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃ without normalisation, X by the default solver, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
+    """Return K̃ without normalisation, X, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
 
-    K̃ and X are (B, H, r, d). The logsumexp is (B, H, r). All three are fp32 (fp64 for fp64 inputs). `solve` computes X;
-    None means `conditioning.landmark_solve`.
+    K̃ and X are (B, H, r, d). The logsumexp is (B, H, r). All three are fp32 (fp64 for fp64 inputs). `solve` computes X.
+    If `solve` is None, `conditioning.landmark_solve` computes X.
     """
     keys, logits, rhs, lse, landmarks = landmark_blocks(side)
     X, _ = (solve or conditioning.landmark_solve)(logits, rhs, SolveOptions(ridge))

@@ -1,7 +1,8 @@
 """Nyström attention by two calls of scaled_dot_product_attention (docs/METHOD.md §2; section 3.3 of the article).
 
 R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X), where SDPA is scaled_dot_product_attention. torch's fused kernels do not
-store the matrices R and L. On the CPU, C++ code solves the landmark system if the library is built.
+store the matrices R and L. If this package's C++ library is built, it solves the landmark
+system on the CPU (see `conditioning/cpu.py`).
 """
 
 from __future__ import annotations

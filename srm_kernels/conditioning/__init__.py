@@ -119,8 +119,8 @@ def landmark_solve(
 
     Backends:
 
-    - "torch", the default, uses C++ for "cholesky" on the CPU if the library is built. The C++ code supports
-      only r ≤ 128 without equilibration. In all other cases, "torch" runs the reference.
+    - "torch", the default, uses this package's C++ library for "cholesky" on the CPU if the library is built. The C++
+      library supports r up to 128, and does not support equilibration. In all other cases, "torch" runs the reference.
     - "triton" solves all matrices in one launch. The kernels support "cholesky" and "lu" without equilibration, r and d
       up to 128, and all dtypes except float64. A singular matrix has NaN gradients.
 
@@ -146,7 +146,7 @@ def landmark_solve(
         TypeError: A dtype or type is not accepted.
         ValueError: Shapes or devices do not match, the solver is unknown, a number is outside its range, or ridge is
             0 with "cholesky".
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     logits, rhs = autocast.promoted(logits, rhs)
     check_tensors(logits=logits, rhs=rhs)

@@ -1,6 +1,7 @@
-"""The default landmark solver in C++, for CPU tensors.
+"""The default landmark solver (Cholesky without equilibration) in C++, for CPU tensors.
 
-The reference runs the calls that the C++ code does not support.
+`reference.landmark_solve` runs the calls that the C++ code does not support, and solves the matrices for which the C++
+code fails.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LARGEST = 128  # r, as in the kernels for GPUs
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """Return X (…, r, d) and the `Solver` (…,) of each matrix, as the reference does."""
+    """Return the solution X (…, r, d) and the `Solver` (…,) used for each matrix, like `reference.landmark_solve`."""
     default = options.default and logits.shape[-1] <= LARGEST
     recorded = torch.is_grad_enabled() and (logits.requires_grad or rhs.requires_grad)
     if not native.BUILT or logits.device.type != "cpu" or not default or recorded:

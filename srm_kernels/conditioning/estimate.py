@@ -17,8 +17,9 @@ is therefore never larger than κ₂. The list states how far the two lower boun
 
 Vectors of random signs (±1) would not be suitable as the 8 start vectors. Such vectors give each landmark 8
 signs, one per vector. There are only 2⁸ = 256 combinations of signs, so with r = 64 there are probably two
-landmarks with the same 8 signs. If these two landmarks also have equal keys, all start vectors are orthogonal
-to the singular vector of σ_min. The estimate can then be far below κ₂.
+landmarks i and j with the same 8 signs. If these two landmarks also have equal keys, the singular vector of
+σ_min is a multiple of eᵢ − eⱼ, where eᵢ is the i-th unit vector. In each start vector, the entries i and j are
+equal, so all start vectors are orthogonal to this singular vector. The estimate can then be far below κ₂.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
 
 
 def _growth(apply: Callable[[Tensor, bool], Tensor], u: Tensor, steps: int) -> Tensor:
-    """Apply a matrix B and its transpose to u in turn, `steps` times in all; return the last step's growth.
+    """Apply B and Bᵀ to u in turn, `steps` times in all; return the growth of each column of u in the last step.
 
     `apply(u, transposed)` returns B u, or Bᵀ u if `transposed` is true. The growth of a column of u is its
     norm after the step, divided by its norm before the step.

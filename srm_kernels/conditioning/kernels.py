@@ -3,11 +3,11 @@
 A program holds A (R×R) and its right-hand side (R×D) in registers. R and D are r and d, rounded up to powers of two and
 at least 16. A is padded with the identity, and the right-hand side is padded with zeros. Arithmetic is fp32.
 
-For the solver `cholesky`, the kernels apply Gaussian elimination without pivoting to A = W + λI. A is
-E⁻¹ (S + λI) E, with the symmetric matrix S + λI and the diagonal matrix E of `reference`. The factors E⁻¹ and
-E do not change the pivots. The pivots are therefore the squares of the diagonal entries of the Cholesky
-factor of S + λI, and the Cholesky factorisation exists if all pivots are positive. If a pivot is not positive
-or the logits are not symmetric, the kernel solves the matrix as `lu` does, with partial pivoting.
+For the solver `cholesky`, the kernels apply Gaussian elimination without pivoting to A = W + λI. As explained in
+`reference`, A = E⁻¹ (S + λI) E, where S is symmetric and E is diagonal. Because E is diagonal, A and S + λI have the
+same pivots. These pivots are the squares of the diagonal entries of the Cholesky factor of S + λI, so the Cholesky
+factorisation exists if all pivots are positive. If a pivot is not positive or the logits are not symmetric, the kernel
+solves the system by elimination with partial pivoting, as for the solver `lu`.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def landmark_solve_backward(
 
 
 def launch_options(r: int, d: int) -> dict[str, int]:
-    """Return tile sizes, the number of warps, and the largest number of registers of a thread.
+    """Return tile sizes, the number of warps, and the maximum number of registers per thread.
 
-    Each thread holds at most 32 elements of the larger of the two tiles R×R and R×D. The largest number of
-    registers is set explicitly, because the kernels spill registers if ptxas chooses it.
+    Each thread holds at most 32 elements of the larger of the two tiles R×R and R×D. The maximum number of registers is
+    set explicitly, because the kernels spill registers if ptxas chooses the number.
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
@@ -120,8 +120,8 @@ def _row(a, k, R: tl.constexpr):
 def _product(a, b, K: tl.constexpr):
     """Multiply `a` (M×K) by the transpose of `b` (N×K) in plain fp32, as a sum of K rank-one products.
 
-    `tl.dot` of whole tiles would spill registers. With its default precision it would also round `a` and `b`
-    to TF32.
+    `tl.dot` is not used, because on whole tiles it would spill registers. With its default precision it would also
+    round `a` and `b` to TF32.
     """
     c = _column(a, 0, K)[:, None] * _column(b, 0, K)[None, :]
     for k in range(1, K):
@@ -169,7 +169,7 @@ def _system(
 ):
     """Return A = W + λI, padded with the identity.
 
-    The other two results are whether the logits are finite, and whether they are symmetric (see `_softmax`).
+    After A, the function returns whether the logits are finite, and whether they are symmetric (see `_softmax`).
     """
     W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC, half)
     i = tl.arange(0, R)
@@ -190,9 +190,9 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
     """Factorise P a = L U, and return U, L⁻¹ P b, the smallest pivot and the largest pivot.
 
-    U is on and above the diagonal of the first result. With PIVOTING, P is a permutation, and the two pivots are
-    absolute values. Without PIVOTING, P is the identity, pivots keep their sign, and a pivot that is NaN or infinity
-    counts as −1.
+    U is on and above the diagonal of the first result. With PIVOTING, P is a permutation, and the two returned pivots
+    are absolute values. Without PIVOTING, P is the identity, the returned pivots keep their sign, and a pivot that is
+    NaN or +∞ counts as −1.
     """
     i = tl.arange(0, R)
     smallest = float("inf")
@@ -245,9 +245,9 @@ def _solve_forward_kernel(
 ):  # fmt: skip
     """Compute X and the `Solver` of one matrix; the tensors at `x_ptr` and `used_ptr` are contiguous.
 
-    Without PIVOTING, the kernel first computes A from the symmetric part of the logits, and eliminates A without
+    Without PIVOTING, the kernel first computes A from the symmetric part of the logits, and factorises A without
     pivoting. This attempt fails if a pivot is not positive or the logits are not symmetric. After a failure or with
-    PIVOTING, the kernel computes A from the logits, and eliminates A with pivoting.
+    PIVOTING, the kernel computes A from the logits, and factorises A with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits
@@ -284,12 +284,12 @@ def _solve_backward_kernel(
     stride_logits_col, stride_dx, stride_dx_row, stride_dx_col, SYMMETRIC: tl.constexpr, RIDGED: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of the logits and right-hand side of one matrix. With a non-finite logit, they are zero.
+    """Compute the gradients of the logits and right-hand side of one matrix; zeros if a logit is not finite.
 
     The kernel solves a system with Aᵀ, where A is the matrix of the forward pass. If the forward pass used `cholesky`
-    for this matrix, A is computed from the symmetric part of the logits, and Aᵀ is eliminated without pivoting. If the
-    forward pass used `lu`, A is computed from the logits, and Aᵀ is eliminated with pivoting. If an elimination without
-    pivoting fails, it is repeated with pivoting.
+    for this matrix, A is computed from the symmetric part of the logits, and Aᵀ is factorised without pivoting. If the
+    forward pass used `lu`, A is computed from the logits, and Aᵀ is factorised with pivoting. If the factorisation
+    without pivoting fails, it is repeated with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits

@@ -107,7 +107,7 @@ def landmark_diagnostics(
 
 
 def _acted_on(logits: Tensor, used: Tensor) -> Tensor:
-    """Return the logits from which the solver computed W: for Cholesky, the symmetric part of `logits`."""
+    """Return the logits from which W was computed: for Cholesky, the symmetric part of `logits`, otherwise `logits`."""
     symmetric = (used == Solver.CHOLESKY)[..., None, None]
     return torch.where(symmetric, (logits + logits.mT) / 2, logits)
 
@@ -182,7 +182,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
-    """Return the system, its factors and the `Solver` of each matrix. For "neumann", return those of the fallback."""
+    """Return the system, its factors and the `Solver` of each matrix; "neumann" is replaced by its fallback solver."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
         solver = "cholesky" if ridge > 0 else "lu"
@@ -257,7 +257,8 @@ def _lu(A: Tensor, ridge: float) -> Solve:
 def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
     """Factorise the matrices that `mask` selects; None selects all matrices.
 
-    The returned function also returns values for the other matrices. The caller does not use these values.
+    The returned function `solve` gives solutions for the selected matrices. Its result also has entries for the
+    matrices that are not selected, but the caller does not use these entries.
     """
     if mask is not None and not transforming():
         # An SVD waits for the device in any case and costs far more than reading the mask.
@@ -288,7 +289,7 @@ def _within(mask: Tensor, solve: Solve) -> Solve:
 
 
 def _neumann(system: System, order: int) -> Tensor:
-    """Return α Σ_{k=0..m} (I − αA)^k G with α = 1/(1 + λ), by Horner's rule."""
+    """Return α Σ_{k=0..m} (I − αA)^k G with m = `order` and α = 1/(1 + λ), by Horner's rule."""
     alpha = (1 / (1 + system.ridge))[..., None, None]
     first = alpha * system.rhs
     Z = first
@@ -299,10 +300,10 @@ def _neumann(system: System, order: int) -> Tensor:
 
 @torch.no_grad()
 def _neumann_accepts(system: System, series: Tensor) -> Tensor:
-    """Return for which matrices the series is used.
+    """Return the mask (…,) of the matrices for which the Neumann series is used.
 
     The power iteration on I − αA starts from a fixed vector of signs, from which its mean is subtracted. A vector of
-    equal entries would not be suitable, because I − αA maps it to zero.
+    equal entries would not be suitable, because without equilibration, I − αA maps it to zero.
     """
     A = system.matrix
     r = A.shape[-1]

@@ -27,7 +27,7 @@ class GatedFusion(NamedTuple):
         fused: γM (B, C, h, w) in the maps' dtype.
         weights: a = softmax(g / T), (B, S).
         gain: γ (B,).
-        norm: ‖M‖_F (B,), before the cap.
+        norm: ‖M‖_F (B,), the norm of the map M before it is multiplied by γ.
     """
 
     fused: Tensor
@@ -39,7 +39,7 @@ class GatedFusion(NamedTuple):
 class GateLosses(NamedTuple):
     """The losses L_H (`entropy`) and L_B (`balance`) of the gate, two scalars.
 
-    They are not multiplied by their coefficients in the total loss.
+    Neither loss is multiplied by its coefficient in the total loss.
     """
 
     entropy: Tensor
@@ -103,7 +103,8 @@ _losses = register_operator(
 def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """Compute GELU(m + b) for the maps of all stages, in one kernel launch (docs/METHOD.md §4).
 
-    m is the output of a convolution without bias. The operator is twice differentiable in all tensors.
+    Each map m is the output of a convolution that was run without its bias b. The operator is twice differentiable in
+    all tensors.
 
     Args:
         maps: One map (B, C, h, w) for each stage, all of one shape, any strides; float64, float32, bfloat16 or float16.
@@ -117,7 +118,7 @@ def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: st
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes, devices or the numbers of maps and biases do not match.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     maps, biases = _cast_stages(maps, biases)
     _check_stages(maps, biases=biases)
@@ -141,7 +142,7 @@ def gate_logits(
     Args:
         maps: As in `biased_gelu`.
         biases: As in `biased_gelu`.
-        readouts: w (1, C) and v (1,) for each stage, in the maps' dtype or a wider one.
+        readouts: One pair (w, v) for each stage, w (1, C) and v (1,), in the maps' dtype or a wider one.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -151,7 +152,7 @@ def gate_logits(
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes, devices or the numbers of tensors do not match.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     maps, biases, weights, offsets = _cast_stages(
         maps, biases, [w for w, _ in readouts], [v for _, v in readouts]
@@ -201,15 +202,15 @@ def gated_fusion(
 
     The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). For
     bfloat16 and float16 maps, u is the unit roundoff of their dtype; otherwise u is 0. The factor 1 − 2u
-    keeps ‖γM‖_F ≤ c after γM is rounded to this dtype. If ‖M‖_F of an image is NaN, γ and γM of this image
+    keeps ‖γM‖_F ≤ c after γM is rounded to the maps' dtype. If ‖M‖_F of an image is NaN, γ and γM of this image
     are NaN. The operator is differentiable in maps and logits.
 
     Args:
         maps: P (B, S, C, h, w); float64, float32, bfloat16 or float16, any strides.
         logits: g (B, S), in the maps' dtype or fp32.
-        cap: A number above 0 or a tensor of one element, for c = cap_factor · cap. With None, the norm is not
-            capped. `cap` receives no gradient. The element of a tensor can also be 0, which makes γM 0, or
-            infinite, which means no cap. A tensor is not copied to the CPU.
+        cap: A number above 0 or a tensor of one element, for c = cap_factor · cap. None means no cap. The
+            element of a tensor can also be 0 or infinite: 0 makes γM 0, and infinity means no cap. `cap`
+            receives no gradient. A tensor is not copied to the CPU.
         cap_factor: The factor in c = cap_factor · cap, a number above 0. If `cap` is a tensor, the caller
             saves a kernel launch by passing the factor here instead of multiplying the tensor by it.
         temperature: T, above 0.
@@ -222,7 +223,7 @@ def gated_fusion(
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes or devices do not match, or a number is outside its range.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     (logits,) = autocast.no_narrower((logits,), maps)
     check_tensors(maps=maps)
@@ -266,13 +267,13 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
         backend: A name of `backends()`, or None.
 
     Returns:
-        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs), not multiplied by their coefficients in the total
-        loss.
+        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs). Neither is multiplied by its coefficient in the
+        total loss.
 
     Raises:
         TypeError: The dtype is not accepted.
         ValueError: The shape is not (B, S), or the floor is negative.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     check_tensors(weights=weights)
     if weights.dim() != 2:

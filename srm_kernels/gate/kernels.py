@@ -58,7 +58,7 @@ def element_offsets(element, h, w, stride_c, stride_h, stride_w):
 
 @triton.jit
 def activated(map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w):
-    """Return GELU(m + b) of some elements of an image, [BLOCK]; b is rounded to the dtype of m."""
+    """Return GELU(m + b) at the given elements of an image, [BLOCK]; b is rounded to the dtype of m."""
     offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
     bias = tl.load(bias_ptr + element // (h * w), mask=inside, other=0.0).to(map_ptr.dtype.element_ty)
     x = tl.load(map_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias.to(tl.float32)
@@ -112,7 +112,7 @@ def _logits_kernel(
 def mixture(
     maps_ptr, offsets, inside, weights, stride_s, S: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Return M = Σ_s a_s P_s of some elements, [BLOCK]."""
+    """Return M = Σ_s a_s P_s at the elements with the given offsets, [BLOCK]."""
     mixed = tl.zeros([BLOCK], tl.float32)
     for s in range(S):
         stage = tl.load(maps_ptr + s * stride_s + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -196,10 +196,11 @@ def _fusion_backward_kernel(
     stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, temperature, eps, margin,
     CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute dP, the gradient of the stage maps, for one part of an image: dP_s = a_s dM.
+    """Compute dP_s = a_s dM, the gradient of each stage map P_s, for one part of an image.
 
-    dM = γ dF + (d‖M‖/‖M‖) M, where dF is the gradient of γM and d‖M‖ is the gradient of ‖M‖. d‖M‖ includes the gradient
-    through γ. The program of the first part also writes the gradient of the logits.
+    dM is the gradient of the mixture M = Σ_s a_s P_s, and equals γ dF + (d‖M‖/‖M‖) M. Here dF is the gradient of γM.
+    d‖M‖ is the gradient of ‖M‖; it includes the gradient that reaches ‖M‖ through γ. The program of the first part
+    also writes the gradient of the logits.
     """
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
@@ -239,7 +240,7 @@ def _fusion_backward_kernel(
 def load_images(
     weights_ptr, first, batch, stride_b, stride_s, S: tl.constexpr, STAGES: tl.constexpr, IMAGES: tl.constexpr
 ):
-    """Load the weights a of a tile of images, [IMAGES, STAGES]. Padding is zero."""
+    """Load the stage weights of a tile of images, [IMAGES, STAGES]. Entries beyond the batch or beyond S are zero."""
     b, s = first + tl.arange(0, IMAGES), tl.arange(0, STAGES)
     inside = (b < batch)[:, None] & (s < S)[None, :]
     offsets = b.to(tl.int64)[:, None] * stride_b + s[None, :] * stride_s
@@ -360,7 +361,7 @@ def gated_fusion_backward(
     temperature: float,
     eps: float,
 ) -> list[Tensor]:
-    """Return [dP, dg] from the gradients of all four results."""
+    """Return [dP, dg], the gradients of stage maps and logits, from the gradients of the results of `gated_fusion`."""
     _, weights, gain, norm = results
     dtype, maps = maps.dtype, readable(maps)
     dfused, dweights, dgain, dnorm = readable(grads[0]), *(grad.contiguous() for grad in grads[1:])
@@ -417,8 +418,9 @@ def _shape(maps: Tensor) -> dict[str, Any]:
 
 
 def _margin(dtype: torch.dtype) -> float:
-    """Return 1 − 2u, where u is the unit roundoff of a half-precision dtype, and 0 for fp32.
+    """Return 1 − 2u, where u is the unit roundoff of `dtype` if it is bf16 or fp16; otherwise return 1.
 
-    Rounding γM to half precision can increase its norm. The factor keeps ‖γM‖_F ≤ c.
+    Rounding γM to half precision can increase its norm. The kernels multiply the gain cap c by 1 − 2u, so that
+    ‖γM‖_F ≤ c also holds after rounding.
     """
     return 1 - torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1.0

@@ -15,7 +15,7 @@ from ..checks import wide_dtype
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Return u of a half-precision output; 0 for fp32 and fp64."""
+    """Return u of the output's dtype: the unit roundoff for bf16 and fp16, and 0 for fp32 and fp64."""
     return torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
@@ -32,7 +32,7 @@ def gate_logits(
 ) -> Tensor:
     """Return g_s = w_s · mean(GELU(m_s + b_s)) + v_s, (B, S).
 
-    The mean and the later steps use fp32, or fp64 for fp64 maps.
+    m_s + b_s and its GELU have the dtype of the maps. The mean and all steps after it use fp32, or fp64 for fp64 maps.
     """
     wide = wide_dtype(maps[0].dtype)
     logits = [

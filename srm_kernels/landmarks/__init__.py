@@ -57,7 +57,7 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
     Raises:
         TypeError: The dtype is not accepted.
         ValueError: The shape is not (B, H, N_k, d), or γ is not above 0.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     check_tokens("key", key)
     check_number("gamma", gamma, above=0)
@@ -107,7 +107,7 @@ def select_landmarks(
     Raises:
         TypeError: The dtype of `key` or the type of another argument is not accepted.
         ValueError: The shape is not (B, H, N_k, d), a number is outside its range, or the method is unknown.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     check_tokens("key", key)
     options = landmark_options(rank, method, gamma, generator)

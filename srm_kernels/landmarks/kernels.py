@@ -12,8 +12,8 @@ does not depend on the other images of the batch. Implementation:
   called the threshold, can therefore be found bit by bit. The threshold starts as 0. For each bit, from the
   highest to the lowest, the candidate is the threshold with this bit set. If r or more scores are greater
   than or equal to the candidate, the candidate becomes the new threshold.
-- Among equal scores, the lower index is chosen. NaN counts as infinity, as in torch. The indices are
-  therefore distinct and in range for all keys, even if keys contain NaN.
+- Among equal scores, the lower index is chosen. NaN counts as infinity, as in torch. The chosen indices are
+  therefore always distinct and in range, even if keys contain NaN.
 - Pivoted Cholesky stores its factor, r rows of N numbers, in global memory. The residual of a chosen key is
   set to −∞, so that the key is not chosen again.
 - Uniform landmarks need no scores. A kernel that uses them computes their indices itself, which saves launches.
@@ -63,16 +63,16 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Row operations eliminate one column after the other. The row operations of CHUNK neighbouring columns,
-    called a chunk, are combined: for a vector k, they are k += F[:, chunk] k[chunk] with a strictly lower
-    triangular matrix F. To compute L⁻¹ k, apply the operations of all chunks, from the first chunk to the
-    last. F is stored in place of the entries below the diagonal, which the elimination would set to zero.
+    Row operations eliminate one column after the other. CHUNK neighbouring columns form a chunk. The row
+    operations of a chunk are combined into one update of a vector k: k += F[:, chunk] k[chunk], where F is a
+    strictly lower triangular matrix. To compute L⁻¹ k, apply the updates of all chunks, from the first chunk
+    to the last. F is stored in place of the entries below the diagonal, which the elimination would set to zero.
 
-    Each step keeps the part of the matrix that is not eliminated yet bitwise symmetric. The error of the
-    factorisation is therefore about as large as the rounding error of the matrix.
+    After each step, the part of the matrix that still has to be eliminated is bitwise symmetric. The error of
+    the factorisation is therefore about as large as the rounding error of the matrix.
 
     Returns:
-        F, 1/√P [D], and whether every pivot is positive and finite.
+        The matrix F [D, D] of the row operations, 1/√P [D], and whether every pivot is positive and finite.
     """
     i = tl.arange(0, D)
     good = 1
@@ -153,7 +153,7 @@ def store_leverage(
 
 @triton.jit
 def load_bits(scores_ptr, start, N):
-    """Load a tile of scores as integers with the same order, [TILE]. NaN becomes infinity; padding is -1."""
+    """Load a tile of scores [TILE] as integers that compare as the scores do. NaN becomes infinity; padding is -1."""
     rows = start + tl.arange(0, TILE)
     score = tl.load(scores_ptr + rows, mask=rows < N, other=0.0)
     bits = tl.where(score == score, score, INFINITY).to(tl.int32, bitcast=True)
@@ -171,7 +171,7 @@ def count_from(first, scores_ptr, N, least):
 
 @triton.jit
 def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.constexpr):
-    """Store the indices of the `rank` largest scores, in descending order of the scores. No score is negative."""
+    """Store the indices of the `rank` largest scores, in descending order of the scores. No score may be negative."""
     first = load_bits(scores_ptr, 0, N)
     threshold = 0  # becomes the smallest of the `rank` largest scores
     for step in range(31):
@@ -213,7 +213,7 @@ def store_pivots(
     landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank: tl.constexpr,
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the pivots of pivoted Cholesky of exp(K Kᵀ s) for one (b, h).
+    """Store the pivots of pivoted Cholesky of exp(K Kᵀ s), with s = `scale`, for one (b, h).
 
     `residual_ptr` points to memory for N fp32 numbers. `factor_ptr` points to memory for rank × N fp32 numbers.
     """
@@ -277,9 +277,9 @@ def store_pivots(
 
 @triton.jit
 def _free(residual):
-    """Return the number by which a key is compared with others.
+    """Convert the residual of a key to the value that the search for the next pivot compares.
 
-    The number is −∞ for a chosen key and infinity for a NaN residual, otherwise max(residual, 0).
+    The value is −∞ for a key that was already chosen, infinity for a NaN residual, and max(residual, 0) otherwise.
     """
     known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
     return tl.where(residual == -INFINITY, -INFINITY, known)
@@ -351,7 +351,7 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Return the indices (B, H, r) by a method that has kernels."""
+    """Choose landmarks by `options.method`, which must have kernels, and return their indices (B, H, r)."""
     return selected(key, options, scale, normalise=False)
 
 

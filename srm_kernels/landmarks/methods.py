@@ -1,12 +1,14 @@
 """The landmark methods in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0; section 3.3 of the article).
 
-- "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
+- "leverage": the r keys with the largest ridge leverage scores, in descending order of the scores; ties go to
+  the lower index.
 - "leverage_sample": r keys drawn without replacement, with probability proportional to the ridge leverage
-  score. Random; for training.
-- "uniform": the indices ⌊(i + 0.5) N / r⌋.
+  score. The choice is random. Models use this method in training only; in evaluation, they use "leverage"
+  instead.
+- "uniform": the keys with the indices ⌊(i + 0.5) N / r⌋, i = 0, …, r − 1.
 - "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys with the largest leverage give r centres.
   One after the other, each centre takes the nearest key that no earlier centre has taken. All N keys are
-  candidates. The r keys that were taken are the landmarks. Random.
+  candidates. The r keys that were taken are the landmarks. The choice is random.
 - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Diagonal
   entries whose relative difference is at most 1e-5 count as equal; among them, the lower index is chosen. The
   cost is O(N r (d + r)).
@@ -94,7 +96,7 @@ def _leverage(keys: Keys) -> Tensor:
 
 
 def _leverage_sample(keys: Keys) -> Tensor:
-    """Draw r keys without replacement, with probability proportional to τ_i.
+    """Draw r keys without replacement, with probability proportional to the ridge leverage score τ_i.
 
     The drawn keys are the keys with the r smallest E_i / τ_i. The E_i are independent random numbers with an
     exponential distribution.
@@ -125,8 +127,8 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 def _kmeans(chosen_from: Keys) -> Tensor:
     """Run k-means++ seeding and Lloyd steps on the 2r keys with the largest leverage.
 
-    Then, one after the other, each centre takes the nearest key that no earlier centre has taken. All N keys
-    are candidates.
+    After the Lloyd steps, one centre after the other takes a key: of all N keys, the nearest key that no earlier
+    centre has taken.
     """
     scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
     keys = chosen_from.key.to(scores.dtype)

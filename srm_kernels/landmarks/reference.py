@@ -27,5 +27,8 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 
 
 def leverage_macs(keys: int, d: int) -> int:
-    """Return the multiply-accumulates of the leverage scores of one (b, h): 2 N d² and, for Cholesky, d³/3."""
+    """Return the number of multiply-accumulates that the leverage scores of one image and head need.
+
+    The Cholesky factorisation needs d³/3, and the other steps need 2 N d².
+    """
     return 2 * keys * d**2 + d**3 // 3

@@ -59,9 +59,10 @@ def _cast_project(tokens: Tensor, *parameters: Any) -> tuple[Any, ...]:
 
 
 def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Cast the arguments under autocast.
+    """Cast the arguments of `pooled_links` under autocast.
 
-    `others` starts with six groups of parameters, followed by the keys and by xs.
+    `others` contains the arguments after `maps`: six groups of parameters, the keys, `xs`, and arguments without
+    tensors.
     """
     maps = autocast.lowered(*maps)
     if not maps:
@@ -71,7 +72,10 @@ def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
 
 
 def _cast_merge(pooled: Tensor, probabilities: Tensor, xs: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Cast the arguments under autocast. `others` starts with five groups of parameters."""
+    """Cast the arguments of `merge_links` under autocast.
+
+    `others` contains the arguments after `xs`: five groups of parameters, then `targets`.
+    """
     probabilities, *xs = autocast.widened((probabilities, *xs), pooled)
     return pooled, probabilities, xs, *_cast_parameters(pooled, *others[:5]), *others[5:]
 
@@ -164,7 +168,9 @@ def project_sources(
     dyt: Sequence[DyTParameters] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute K = DyT(T) W_K and V = DyT(T) W_V of all links with one source, in one launch (docs/METHOD.md §1.2).
+    """Compute K = DyT(T) W_K and V = DyT(T) W_V of all links that share a source (docs/METHOD.md §1.2).
+
+    The backend "triton" computes K and V of all these links in one launch.
 
     All parameters have the dtype of T or a wider one. W_K, W_V and `shift` are rounded to T's dtype. The
     operator is twice differentiable in all tensors.
@@ -183,7 +189,7 @@ def project_sources(
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes, devices or the numbers of tensors do not match.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     check_tensors(tokens=tokens)
     if tokens.dim() != 3:
@@ -239,7 +245,8 @@ def pooled_links(
       or `qk_norm="both"`, it also writes the input of W_Q and the gradient of T = A F + a at full resolution.
       The kernels support float32, bfloat16 and float16, d from 8 to 128, r up to 128, r·d up to 8,192 and P
       up to 32. With DyT or `qk_norm="both"`, they support C up to 256. If d or r is above 64, the kernels
-      need 160 KiB of shared memory per thread block; if both are above 64, they need 200 KiB and bfloat16.
+      need 160 KiB of shared memory per thread block. If both are above 64, the kernels need 200 KiB, and
+      bfloat16 is the only supported dtype.
 
     Args:
         maps: F (B, C_i, h, w) of the backbone's stages, of one dtype, contiguous or channels-last; float64, float32,
@@ -263,7 +270,7 @@ def pooled_links(
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes, devices or the numbers of tensors do not match, or a value is not accepted.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     maps = autocast.lowered(*maps)
     if not maps or not keys:
@@ -323,7 +330,7 @@ def merge_links(
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes, devices or the numbers of tensors do not match.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     maps, probabilities = pooled.maps, pooled.probabilities
     probabilities, *xs = autocast.widened((probabilities, *xs), maps)
@@ -382,12 +389,12 @@ def serves_pooled_links(
         backend: A name of `backends()`, or None.
 
     Returns:
-        False if the backend is "triton" and `pooled_links` exceeds the limits of its kernels. Otherwise True. With
-        `backend=None`, the choice of the backend depends only on the device's verdict, the dtype and d.
-        `pooled_links` makes the same choice.
+        False if the backend is "triton" and its kernels do not support these sizes. Otherwise True. With
+        `backend=None`, the device's verdict selects the backend by the dtype and d; the other sizes have no effect
+        on this choice. `pooled_links` prefers the kernels in the same cases.
 
     Raises:
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     chosen = choose_kernels(backend, features, "pooled_links", sizes=lambda: (d,), call=("any sizes", d))
     if chosen != "triton":
@@ -401,9 +408,9 @@ def _choose_backend(
 ) -> str:
     """Choose the backend.
 
-    Of all sizes, only d decides whether the kernels are preferred. `serves_pooled_links` therefore prefers
-    the kernels in the same cases, although it chooses by d alone. The other sizes only decide whether the
-    kernels can run.
+    The verdict of the device ranks the backends. Of all sizes, only d affects this ranking. The other sizes
+    only decide whether the kernels can run. `serves_pooled_links` uses the same ranking, so it prefers the
+    kernels in the same cases.
     """
     return choose_kernels(
         requested,
@@ -445,7 +452,7 @@ def _check_links(
     dyt: Sequence[DyTParameters] | None,
     xs: Sequence[Tensor] | None,
 ) -> tuple[list[int], int]:
-    """Check the tensors of all links; return their targets and C."""
+    """Check the tensors of all links; return the target of each link, and the number of channels C."""
     check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
     check_tensors(**{f"keys[{i}]": k for i, k in enumerate(keys)})
     features, first = maps[0], keys[0]

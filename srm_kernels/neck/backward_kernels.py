@@ -233,7 +233,10 @@ def _attention_backward(
     scale: float,
     qk_norm: str | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return, for every link, dQ (B·N, C) in the queries' dtype and dK̃, from dP̄ and Q (B·N, C)."""
+    """Return dQ (B·N, C) and dK̃ of every link, from dP̄, Q (B·N, C) and K̃.
+
+    dQ has the dtype of Q. dK̃ is fp32.
+    """
     dtype, L, H, d = queries[0].dtype, len(queries), sizes.heads, sizes.d
     queries = [readable(q) for q in queries]
     keys = [k.contiguous() for k in keys]

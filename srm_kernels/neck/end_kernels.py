@@ -1,7 +1,7 @@
 """Triton kernels of the first and the last operator of the fused neck, one launch each.
 
-`project_sources` computes K and V of all links from the tokens of their source. It multiplies in the tokens'
-dtype. It rounds intermediate results at the same points as the modules of the unfused neck.
+`project_sources` computes K and V of all links with the same source, from the tokens of this source. It multiplies in
+the tokens' dtype. It rounds intermediate results at the same points as the modules of the unfused neck.
 
 `merge_links` computes, from P̄ and pool(F), the maps that the gate reads. The product P̄ X is computed in
 fp32: X can be many times larger than P̄ X, and if X were rounded to half precision, the error of P̄ X would
@@ -9,7 +9,8 @@ be large. The other products are computed in the dtype of pool(F). Of all result
 sum are rounded to this dtype.
 
 Both operators read only small tensors, so their backward passes have no Triton kernels. In the backward pass,
-autograd differentiates the reference, and torch's libraries compute its products.
+autograd differentiates the code of the backend "reference". Its matrix products are therefore computed by
+torch's libraries, such as cuBLAS.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def aligned(
     total_channels: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return A pool(F) + a [ROWS, COLUMNS] for the cells `cells` and the channels `n`."""
+    """Return the tile [ROWS, COLUMNS] of A pool(F) + a for the cells `cells` and the channels `n`."""
     dtype = pooled_ptr.dtype.element_ty
     bias = tl.load(bias_ptr + n, mask=n < C, other=0.0).to(dtype).to(tl.float32)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32) + bias[None, :]
@@ -100,7 +101,7 @@ def update(
     rank: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return τ P̄ X W_O [ROWS, COLUMNS] of one link and image, for the cells `cells` and the channels `n`.
+    """Return the tile [ROWS, COLUMNS] of τ P̄ X W_O of one link and image, for the cells `cells` and the channels `n`.
 
     P̄ X is computed in steps of PIECE landmarks.
     """

@@ -13,19 +13,20 @@ There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
   multiplied by both. Without the low part, the relative error of the result would be 4e-3, and pooling would
   not average out this error.
 
-  A strip is a group of neighbouring cells in one row of cells. A program computes P̄ of one strip for one
-  image and head. It processes the strip in tiles of one shape, so it can add the probabilities of the tiles
-  elementwise. At the end, for each cell, it adds the sums in the columns of the cell, and divides by the
-  number of positions of the cell.
-- Queries from tokens are used otherwise. A program computes one cell of an image, tile by tile. For each
-  tile, it computes T = A F + a in groups of channels. It applies DyT, if the link has DyT, to each group. It
-  then multiplies the group by W_Q and adds the product to Q of all heads. After the last group, it computes
-  the logits and probabilities of one head after the other. A and W_Q are read in pieces. From tile to tile,
-  the program keeps only the sums of the probabilities of all heads, [H, r], and the statistic. Neighbouring
-  cells overlap unless P divides both the height and the width of the map. If several cells contain a
-  position, the position is computed once for each of these cells.
+  A map is pooled over a grid of P×P cells. A strip is a group of neighbouring cells in one row of cells. A
+  program computes P̄ of one strip for one image and head. All tiles of the strip have the same shape, so the
+  program can add their probabilities elementwise. The result has one sum for each position of a tile. At the
+  end, for each cell, the program adds the sums whose columns belong to the cell, and divides by the number of
+  positions of the cell.
+- Queries from tokens are used if there is DyT or query normalisation. A program computes one cell of an image,
+  tile by tile. For each tile, it computes T = A F + a in groups of channels. If the link has DyT, the program
+  applies DyT to each group. It then multiplies the group by W_Q and adds the product to Q of all heads. After
+  the last group, it computes the logits and probabilities of one head after the other. A and W_Q are read in
+  pieces. From tile to tile, the program keeps only the sums of the probabilities of all heads, [H, r], and the
+  statistic. Neighbouring cells overlap unless P divides both the height and the width of the map. If several
+  cells contain a position, the position is computed once for each of these cells.
 
-Other programs of the same launch pool the maps.
+The same launch also has programs that compute pool(F).
 
 If X is given, a program also computes y = L X for each tile. By Chan's formula, it merges the mean and M₂ of
 the tile with those of its earlier tiles. Another launch merges the results of the programs. The statistic
@@ -81,7 +82,7 @@ def pick(values: tl.constexpr, index, COUNT: tl.constexpr):
 
 @triton.jit
 def pick_pointer(pointers, index, COUNT: tl.constexpr):
-    """Return pointers[index] for pointers to one dtype."""
+    """Return pointers[index]; all pointers must have the same element type."""
     chosen = pointers[0]
     for i in tl.static_range(1, COUNT):
         if index == i:
@@ -91,9 +92,9 @@ def pick_pointer(pointers, index, COUNT: tl.constexpr):
 
 @triton.jit
 def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return b·H + h, the row of cells, and two vectors [BLOCK] of the tile's positions.
+    """Return b·H + h, the index of the row of cells, and the rows and columns [BLOCK] of a tile's positions.
 
-    The first vector has the row of each position within the tile; the second has its column in the map.
+    The rows are counted from the top of the tile, but the columns from the left edge of the map.
     """
     head = program // (SIZE * blocks)
     i = (program // blocks % SIZE).to(tl.int32)
@@ -112,9 +113,9 @@ def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def load_block(ptr, rows, row_limit, columns, column_limit, stride):
-    """Load [ROWS, COLUMNS] of a matrix whose rows are `stride` elements apart.
+    """Load the given rows and columns of a matrix whose rows are `stride` elements apart.
 
-    Entries beyond `row_limit` and `column_limit` are 0.
+    Rows from `row_limit` on and columns from `column_limit` on are 0.
     """
     inside = (rows < row_limit)[:, None] & (columns < column_limit)[None, :]
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -145,8 +146,8 @@ def pool_rows(
 ):  # fmt: skip
     """Compute pool(F) for one row of cells and GROUP channels of a map.
 
-    `pooled_ptr` points to pool(F) (B, P², ΣC_i) of all maps. In it, the channels of this map begin at
-    `offset`.
+    `pooled_ptr` points to pool(F) of all maps, (B, P², ΣC_i). On the last axis, the channels of this map begin
+    at index `offset`.
     """
     groups: tl.constexpr = (channels + GROUP - 1) // GROUP
     b, i = program // (groups * SIZE), (program // groups % SIZE).to(tl.int32)
@@ -205,10 +206,10 @@ def strip(
 ):  # fmt: skip
     """Compute P̄ of one strip for one image and head, and the statistic of the positions that the strip owns.
 
-    Neighbouring cells and strips share positions unless P divides both the height and the width of the map.
-    P̄ of a cell uses all positions of the cell. But the statistic (mean and M₂ of the rows of Y = L X) must
-    count each position once. If several strips contain a position, the last of these strips owns the
-    position.
+    The map is divided into P×P cells. Neighbouring cells and strips share positions unless P divides both the
+    height and the width of the map. P̄ of a cell uses all positions of the cell. But the statistic (mean and M₂
+    of the rows of Y = L X) must count each position once, so only one strip, the owner of the position, counts
+    it. The owner is the last strip that contains the position.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -339,9 +340,9 @@ def cell_probabilities(
 ):  # fmt: skip
     """Compute P̄ of one cell of an image for every head, and the statistic of the positions that the cell owns.
 
-    The statistic (mean and M₂ of the rows of Y = L X) must count each position once. If several cells contain a
-    position, the last of these cells owns the position. `batch_index` is link · B + b, an index over the images of all
-    links.
+    The statistic (mean and M₂ of the rows of Y = L X) must count each position once, so only one cell, the owner of
+    the position, counts it. The owner is the last cell that contains the position. `batch_index` is link · B + b, an
+    index over the images of all links.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -478,7 +479,7 @@ def _gather_kernel(
 
 @triton.jit
 def own_positions(part, cells, strips, h, w, SIZE: tl.constexpr):
-    """Return the number of positions that a strip owns."""
+    """Return the number of positions that a strip owns (see `strip`)."""
     i, j = part // strips, part % strips * cells
     rows = cell_start(i + 1, h, SIZE) - cell_start(i, h, SIZE)
     columns = cell_start(tl.minimum(j + cells, SIZE), w, SIZE) - cell_start(j, w, SIZE)
@@ -592,13 +593,13 @@ class Sizes:
         return tuple(before + first for first in firsts_of(counts))
 
     def chunks(self) -> tuple[int, ...]:
-        """Return, for each link, the number of channels in one product with G."""
+        """Return, for each link, the number of channels in one step of the product F·G."""
         return tuple(16 if self.channels[t] <= 16 or self.most > 64 else 32 for t in self.targets)
 
     def cell_blocks(self, most: int) -> tuple[int, ...]:
-        """Return, for each link, the number of positions per tile, from 16 to `most`.
+        """Return, for each link, the number of positions per tile: at least 16, and at most `most`.
 
-        A program computes a cell in one or more tiles of this size.
+        A program computes a cell in one or more tiles, each with this number of positions.
         """
         areas = (
             self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
@@ -618,7 +619,7 @@ def firsts_of(counts: Any) -> tuple[int, ...]:
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the results of `reference.pooled_links`."""
+    """Compute the results of `reference.pooled_links` with Triton kernels."""
     sizes, size, scale, qk_norm = Sizes(sides), sides.size, sides.scale, sides.qk_norm
     dtype, maps = sides.maps[0].dtype, [readable(m) for m in sides.maps]
     alphas, statistics = sides.alphas, bool(sides.xs)

@@ -21,7 +21,10 @@ class Tile(NamedTuple):
 
 
 def tile_of(width: int, positions: int) -> Tile:
-    """Return tiles as wide as the map, rounded up to a power of two, but at most `positions` columns wide."""
+    """Divide the columns of a map into tiles.
+
+    The number of columns per tile is `width`, rounded up to a power of two, but at most `positions`.
+    """
     columns = min(positions, power_of_two(width))
     return Tile(columns, -(-width // columns))
 
@@ -67,10 +70,11 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
 def forward_positions(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> int:
-    """Return the number of positions of a tile for absorbed queries.
+    """Return the number of positions of a tile in the forward kernel that uses absorbed queries.
 
-    The tile fits in registers. With `statistics`, X [r, d] fits in registers too. The numbers are based on the register
-    counts that `python -m bench.resources` prints.
+    `forward_kernels` explains absorbed queries. The tile is so small that it fits in registers. If `statistics`
+    is true, the tile and X [r, d] fit in registers together. The numbers were chosen from the register counts
+    that `python -m bench.resources` prints.
     """
     if not statistics:
         return 32 if capability >= (12, 0) else 64
@@ -78,7 +82,7 @@ def forward_positions(
 
 
 class TokenTile(NamedTuple):
-    """Sizes of a tile of T = A F + a, positions × channels.
+    """Sizes of a tile [positions, channels] of the tokens T = A F + a.
 
     Attributes:
         positions: Largest number of positions (tokens) per tile.
@@ -116,11 +120,11 @@ def token_tile(
 
 
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """Return the number of warps of a program for absorbed queries.
+    """Return the number of warps of a program in the forward kernel that uses absorbed queries.
 
-    A program has 2 warps if `statistics` is true, the dtype is bf16 and `heavy(rank, d)` is false. A tile
-    then has 32 positions, and two warps cover the 32 rows of a product. More warps would repeat the work of
-    these two. In all other cases, `warps` gives the number.
+    `forward_kernels` explains absorbed queries. A program has 2 warps if `statistics` is true, the dtype is
+    bf16 and `heavy(rank, d)` is false. A tile then has 32 positions, and two warps cover the 32 rows of a
+    product. More warps would repeat the work of these two. In all other cases, `warps` gives the number.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
@@ -141,9 +145,9 @@ def warps(rank: int, d: int) -> int:
 def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
     """Return the number of positions of a tile, and the launch options.
 
-    In bf16, if `heavy(rank, d)` is false, a tile has 64 positions, as many as the default neck has landmarks.
-    If the two numbers are equal, Triton distributes the warps along the positions, so the softmax over the
-    landmarks needs no exchange between warps.
+    In bf16, if `heavy(rank, d)` is false, a tile has 64 positions, because the default neck has 64 landmarks. If
+    a tile has as many positions as landmarks, Triton distributes the warps along the positions, so the softmax
+    over the landmarks needs no exchange between warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
         return 64, {"num_warps": 4, "num_stages": 1, **register_limit()}
@@ -153,7 +157,7 @@ def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str,
 
 
 class SquashTile(NamedTuple):
-    """Sizes of a tile: positions, channels, and the length of the inner axis of one product (`chunk`)."""
+    """Sizes of a tile: positions, channels, and the length of the inner axis of one matrix product (`chunk`)."""
 
     positions: int
     channels: int
@@ -163,7 +167,7 @@ class SquashTile(NamedTuple):
 def squash_forward_tile(dtype: torch.dtype) -> SquashTile:
     """Return the tile of the forward kernel in `squash_kernels`.
 
-    The tile is so small that Q of its positions, with up to 256 channels, stays in registers.
+    The tile is so small that the queries Q of all its positions, with up to 256 channels each, stay in registers.
     """
     return SquashTile(32, 32, 16) if dtype == torch.float32 else SquashTile(64, 64, 32)
 
@@ -171,6 +175,7 @@ def squash_forward_tile(dtype: torch.dtype) -> SquashTile:
 def squash_backward_tile(dtype: torch.dtype) -> SquashTile:
     """Return the tile of the backward kernel in `squash_kernels`.
 
-    The tile is so small that its T and dD stay in registers.
+    The tile is so small that T and dD of all its positions and channels stay in registers. The docstring of
+    `squash_kernels` defines T and D; dD is the gradient of D.
     """
     return SquashTile(64, 64, 16) if dtype == torch.float32 else SquashTile(128, 64, 32)

@@ -1,7 +1,8 @@
 """Two Triton kernels for the backward pass of the pooled links with DyT.
 
-The forward kernel computes the queries Q again. The backward kernel computes the gradients of T, of DyT's parameters
-and of the bias a. Every row of F (M, C_i) is one position of a map. The kernels compute:
+The forward pass does not save the queries Q, so the forward kernel computes Q again during the backward pass. The
+backward kernel computes the gradients of T, of DyT's parameters and of the bias a. Every row of F (M, C_i) is one
+position of a map. The kernels compute:
 
     forward kernel:     T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
     backward kernel:    dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
@@ -112,7 +113,7 @@ def _squash_backward_kernel(
 
 
 class Squash:
-    """Compute D and Q of a link from F, and backpropagate dQ.
+    """Compute DyT's output D and the queries Q of a link from F, and backpropagate dQ.
 
     Args:
         rows: F (M, C_i).
@@ -146,7 +147,7 @@ class Squash:
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
         """Return dT (M, C), and an fp32 tensor (4, C).
 
-        The sum of row 0 of this tensor is dα. Row 1 is dw, row 2 is db and row 3 is da.
+        The sum of row 0 of the fp32 tensor is dα. Row 1 is dw, row 2 is db and row 3 is da.
         """
         rows, C = self.given["rows_ptr"], len(self.shift)
         tile = launch_rules.squash_backward_tile(rows.dtype)

@@ -1,4 +1,4 @@
-"""Softmax, pooling and tanh of a tile in C++, on CPU tensors in fp32 or fp64."""
+"""Compute softmax, pooling and tanh of a tile of the fused neck in C++, on CPU tensors in fp32 or fp64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tile_steps import Grid, Tile, Workspace
 
 
 class NativeGrid(Grid):
-    """A grid with C++ code: one pass over a tile computes softmax and pooling, another pass computes tanh."""
+    """A `Grid` with C++ code: one pass over a tile computes softmax and pooling, another pass computes tanh."""
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
         sizes = self.height, self.width, self.size, tile.start, tile.stop
@@ -34,15 +34,15 @@ class NativeGrid(Grid):
 
 
 def grid_of(height: int, width: int, size: int, positions: int, like: Tensor) -> Grid:
-    """Return the grid with C++ code if the library is built, else the grid in plain PyTorch."""
+    """Return a `NativeGrid` if `like` is a CPU tensor and the C++ library is built, else a `Grid` in plain PyTorch."""
     kind = NativeGrid if like.device.type == "cpu" and _is_built() else Grid
     return kind(height, width, size, positions, like)
 
 
 def _is_built() -> bool:
-    """Return whether the library is built and has the operators that `NativeGrid` calls.
+    """Return whether the C++ library is built and has the operators that `NativeGrid` calls.
 
-    A library that was built from an older version of the code can lack these operators.
+    A library that was built from an older version of `csrc/` can lack some of the operators.
     """
     if not native.BUILT:
         return False

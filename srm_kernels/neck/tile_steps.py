@@ -1,7 +1,7 @@
 """The steps that compute a tile of the fused neck in plain PyTorch (docs/METHOD.md §1 and 3).
 
-`tiled.py` uses all of these steps; `batched.py` uses a few of them. In `tiled.py`, a tile is a range of M
-positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
+`tiled.py` uses all functions and classes of this module; `batched.py` uses a few of them. In `tiled.py`, a tile is a
+range of M positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Affine(NamedTuple):
 class Folded(NamedTuple):
     """The folded weights of a link's queries, in fp32 or fp64.
 
-    With DyT, Q = outer(tanh(inner(F))). Without DyT, Q = outer(F).
+    `inner` and `outer` are affine functions. With DyT, Q = outer(tanh(inner(F))). Without DyT, `inner` is None, and
+    Q = outer(F).
     """
 
     inner: Affine | None  # αA (C, C_i) and αa
@@ -52,7 +53,7 @@ class Workspace:
         self.like, self.held = like, dict[str, Tensor]()
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Return a contiguous tensor of this shape in the memory `name`; its content is undefined."""
+        """Return a contiguous tensor with the given shape and undefined values, in the memory called `name`."""
         count = math.prod(shape)
         held = self.held.get(name)
         if held is None or held.numel() < count:
@@ -69,9 +70,9 @@ class Grid:
         self.tiles = tiles_of(height, width, positions)
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
-        """Replace logits (H, M, r) by probabilities, and add the tile's contribution to the cell means `into`.
+        """Replace logits (H, M, r) by probabilities, and add the tile's contribution to `into`.
 
-        `into` is (H, P, P·r).
+        `into` is (H, P, P·r), the cell means of the probabilities.
         """
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
@@ -99,7 +100,7 @@ class Grid:
         return found
 
     def pool_map(self, image: Tensor) -> Tensor:
-        """Return the cell means (C, P, P) of a map (C, h, w) in its dtype."""
+        """Return the cell means (C, P, P) of a map (C, h, w), in the map's dtype."""
         return adaptive_pool(image, self.size)
 
     def pool_map_backward(self, grad: Tensor, out: Tensor) -> None:
@@ -204,8 +205,8 @@ class Moments:
 
     Two steps avoid cancellation when the mean of Y is large. First, `add` computes L (X − c), where c is the
     mean of X over the landmarks. Each row of L sums to 1, so L (X − c) = Y − c, and `results` adds c to the
-    mean of Y − c. Second, `add` computes Σ‖y − mean‖² of each tile about the mean of this tile, and then
-    merges the tiles.
+    mean of Y − c. Second, `add` computes the mean and Σ‖y − mean‖² of its tile alone, and then merges both
+    values with those of the earlier tiles.
     """
 
     def __init__(self, X: Tensor) -> None:
@@ -225,5 +226,5 @@ class Moments:
         self.count = count
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Return the mean (H, d) and Σ‖y − mean‖² (H,)."""
+        """Return the mean of Y (H, d) and Σ‖y − mean‖² (H,) over all tiles that were added."""
         return self.mean + self.centre[:, 0], self.spread

@@ -49,7 +49,8 @@ ALIGNMENT = 64  # bytes; the bits of a library's product can depend on the align
 class _Link:
     """One link and the grid of its target.
 
-    A, a and W_Q are rounded to F's dtype. All parameters are then folded in the wide dtype.
+    A, a and W_Q are rounded to F's dtype. All parameters are then folded (see `Folded`) in the wide dtype, which is
+    fp64 if F is fp64, else fp32.
     """
 
     def __init__(self, sides: QuerySides, number: int, space: Workspace) -> None:
@@ -69,7 +70,7 @@ class _Link:
         return normalised_key(self.keys[image], self.qk_norm) * self.scale
 
     def tiles(self, image: int) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield every tile of one image and its F (C_i, M) in the wide dtype."""
+        """Yield every tile of one image, together with F (C_i, M) of the tile in the wide dtype."""
         flat = self.features[image].flatten(1)
         narrow = flat.dtype != self.keys.dtype
         if not narrow and not _is_aligned(flat):
@@ -79,7 +80,7 @@ class _Link:
             yield tile, self.space("features", *F.shape).copy_(F) if narrow else F
 
     def tokens(self, F: Tensor) -> Tensor:
-        """Return tanh(inner(F)) (M, C), or Fᵀ without DyT."""
+        """Return tanh(inner(F)) (M, C) or, if the link has no DyT, Fᵀ (M, C_i)."""
         inner = self.folded.inner
         if inner is None:
             return F.mT
@@ -98,7 +99,7 @@ class _Link:
         return rms_normalise(Q) if self.qk_norm == "both" else Q
 
     def forward(self, image: int, X: Tensor | None) -> tuple[Tensor, Moments | None]:
-        """Return P̄ (H, P, P·r) of one image and, with X (H, r, d), the moments of L X."""
+        """Return P̄ (H, P, P·r) of one image and, if X (H, r, d) is given, the moments of L X."""
         K, P = self.landmarks(image), self.grid.size
         pooled = self.space("pooled", K.shape[0], P, P * K.shape[1]).zero_()
         moments = None if X is None else Moments(X)
@@ -138,7 +139,7 @@ class _Backward:
         return normalise_backward(dkeys, link.keys[number]) if link.qk_norm else dkeys
 
     def _queries(self, dlogits: Tensor, K: Tensor, Q: Tensor) -> Tensor:
-        """Return dQ (M, C) before the normalisation of Q."""
+        """Return dQ (M, C), the gradient of Q before its normalisation."""
         H, M, d = Q.shape
         dqueries = self.link.space("dqueries", M, H * d)
         by_heads = dqueries.view(M, H, d).transpose(0, 1)
@@ -173,7 +174,7 @@ class _Backward:
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return P̄ (L, B, H, P², r), pool(F) (B, P², ΣC_i) and the moments of Y = L X, as the reference does."""
+    """Return P̄ (links, B, H, P², r), pool(F) (B, P², ΣC_i) and the moments of Y = L X, as the reference does."""
     keys, xs, size = sides.keys, sides.xs, sides.size
     B, H = keys[0].shape[:2]
     probabilities, means, spreads = new_results(sides)
@@ -222,7 +223,7 @@ def pooled_links_backward(
 def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
     """Add the gradients of an affine function's weight and bias to `sums`.
 
-    They are computed from `grad` (M, C), the gradient of the outputs, and from the inputs (M, c).
+    Both gradients are computed from `grad` (M, C), the gradient of the outputs, and from the inputs (M, c).
     """
     sums.weight.addmm_(grad.mT, inputs)
     sums.bias.add_(grad.sum(0))

@@ -40,7 +40,7 @@ def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor
     Raises:
         TypeError: The dtype is not accepted.
         ValueError: The shape is not (B, C, h, w), or `size` is less than 1.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     check_tensors(x=x)
     if x.dim() != 4:

@@ -1,12 +1,16 @@
-"""Triton kernels of adaptive average pooling. The fused neck also uses the functions for the bounds of the cells.
+"""Triton kernels of adaptive average pooling.
 
-Forward pass: a program computes one row of cells for some channels. It first adds the map rows that these cells
-contain. The result has one number for each column of the map. Then, for each cell, the program adds the numbers of the
-cell's columns. If P divides the height of the map, every map row is read once.
+The fused neck also uses the functions of this module that compute which rows are in which cell (`cell_start`,
+`cell_stop`, `first_cell`, `last_cell` and `most_cells`).
 
-Backward pass: the gradient of a position is a sum over the cells that contain the position. If P divides the
-height and the width of the map, every position is in exactly one cell. Otherwise, a position is in up to two
-cells along each axis, or in more than two if the grid is finer than the map.
+Forward pass, from a map to P×P cells: a program computes one row of cells for some channels. For each column of the
+map, it first sums the map rows that these cells contain. Then, for each cell, it sums the results of the cell's columns
+and divides by the number of positions in the cell. If the height of the map is a multiple of P, every map row is read
+once.
+
+Backward pass: the gradient of a position is a sum over the cells that contain the position. If the height and the width
+of the map are multiples of P, every position is in exactly one cell. Otherwise, a position is in up to two cells along
+each axis, or in more than two if the grid of P×P cells is finer than the map.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ BLOCK = 1024
 
 @triton.jit
 def cell_start(i, length, cells):
-    """Return the first row of cell i. This and the following functions are used for columns too."""
+    """Return the first row of cell i. The functions `cell_start` to `most_cells` are used for columns too."""
     return i * length // cells
 
 
@@ -48,7 +52,7 @@ def last_cell(y, length, cells):
 
 
 def most_cells(length: int, cells: int) -> int:
-    """Return the largest number of cells that contain one row."""
+    """Return the largest number of cells that a row belongs to."""
     return max(((y + 1) * cells - 1) // length - y * cells // length + 1 for y in range(length))
 
 
@@ -99,7 +103,7 @@ def _pool_backward_kernel(
 
 
 def adaptive_pool(x: Tensor, size: int) -> Tensor:
-    """Return the result of `reference.adaptive_pool`, contiguous."""
+    """Return the result of `reference.adaptive_pool` as a contiguous tensor."""
     dtype, x = x.dtype, readable(x)
     B, C, h, w = x.shape
     out = empty((B, C, size, size), x, x.dtype)

@@ -77,9 +77,9 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
 
     Source: docs/METHOD.md §3.1; section 3.5 of the article.
 
-    μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). All backends compute σ_h from distances to means, and not
-    as mean ‖Y_h‖² − ‖μ_h‖², because this difference would be inaccurate if the mean is large. The operator is
-    differentiable where σ > 0.
+    μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). All backends compute σ_h from squared distances to means, and not
+    from the difference mean ‖Y_h‖² − ‖μ_h‖², which is inaccurate if μ_h is large. The operator is differentiable where
+    σ > 0.
 
     Args:
         y: Y (B, H, N, d); float64, float32, bfloat16 or float16, any strides.
@@ -91,7 +91,7 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
     Raises:
         TypeError: The dtype is not accepted.
         ValueError: The shape is not (B, H, N, d).
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     check_tokens("y", y)
     chosen = choose_kernels(backend, y, "rms_scale", sizes=lambda: (y.shape[2], y.shape[3]), call=(y.shape,))
@@ -116,7 +116,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
     Raises:
         TypeError: A dtype is not accepted.
         ValueError: Shapes or devices do not match.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     x, alpha, weight, bias = _cast_dyt(x, alpha, weight, bias)
     check_tensors(x=x)
@@ -160,7 +160,7 @@ def tau_loss(
         TypeError: A dtype is not accepted.
         ValueError: Shapes, devices or the lengths of the two lists do not match, the lists are empty, or
             `reference` or `floor` is outside its range.
-        NotImplementedError: The backend cannot run.
+        NotImplementedError: The requested backend cannot run the call.
     """
     if not thetas or len(thetas) != len(sigmas):
         raise ValueError(

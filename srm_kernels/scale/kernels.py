@@ -1,11 +1,10 @@
 """Triton kernels of the scale statistic, DyT and the τ loss.
 
-Scale statistic: the tokens of each image and head are divided into shares. In the first launch, a program
-computes the mean and M₂ = Σ‖y − mean‖² of one share. The program reads the share tile by tile. It combines
-the mean and M₂ of each tile with those of the previous tiles by Chan's formula. In the second launch, a
-program computes the mean μ and σ of one head. It computes σ from the M₂ of all shares and from the distance
-of each share's mean to μ. Both launches add only squared distances, so there is no cancellation when the mean
-is large.
+Scale statistic: for each head of each image, the tokens y are divided into shares. In the first launch, each program
+computes the mean and M₂ = Σ‖y − mean‖² of one share. The program reads the share tile by tile, and combines the mean
+and M₂ of each tile with the mean and M₂ of the previous tiles by Chan's formula. In the second launch, each program
+computes μ and σ of one head over all images. It computes σ from the M₂ of all shares and from the distance of each
+share's mean to μ. For σ, both launches add only squared distances, so there is no cancellation when the mean is large.
 
 DyT: the backward pass divides the rows into shares and has two launches. The first launch computes dx, and
 the contribution of each share to dα, dw and db. The second launch adds the contributions of all shares.
@@ -35,7 +34,8 @@ MOST_SHARES = 128
 def add_tile(count, mean, spread, y, inside):
     """Update a running count, mean [D] and M₂ (`spread`) with the rows of a tile y [BLOCK, D].
 
-    Only the rows where the mask `inside` is true are used. y must be 0 in columns beyond d.
+    Only the rows where the mask `inside` is true are used. If the head dimension d is less than D, the last D − d
+    columns of y are padding and must be 0.
     """
     tile_count = tl.sum(inside.to(tl.float32), 0)
     tile_mean = tl.sum(tl.where(inside[:, None], y, 0.0), 0) / tl.maximum(tile_count, 1.0)
@@ -52,7 +52,7 @@ def _moments_kernel(
     y_ptr, mean_ptr, spread_ptr, N, share, shares, heads, y_stride_b, y_stride_h, y_stride_n, y_stride_d,
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the mean [d] and M₂ of one share of the tokens of an image and head."""
+    """Compute the mean [d] and M₂ of one share of the tokens, for one head of one image."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // shares, (program % shares).to(tl.int32)
     y_ptr += head // heads * y_stride_b + head % heads * y_stride_h
@@ -158,7 +158,7 @@ def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rms_scale_backward(grads: Sequence[Tensor], results: Sequence[Tensor], y: Tensor) -> list[Tensor]:
-    """Return [dY] from the gradients of both results."""
+    """Return [dY] from `grads` = (dμ, dσ), the gradients of the results μ and σ of `rms_scale`."""
     (dmean, drms), (mean, rms) = grads, results
     dtype, y = y.dtype, readable(y)
     B, H, N, d = y.shape
@@ -258,7 +258,10 @@ def _dyt_sum_kernel(
     parts_ptr, dalpha_ptr, dweight_ptr, dbias_ptr, shares, C: tl.constexpr, SHARES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add the contributions of all shares to dα, dw and db; one program, because dα is a sum over all columns."""
+    """Compute dα, dw and db by adding the contributions of all shares.
+
+    The launch has only one program, because dα is a sum over all columns.
+    """
     dalpha = 0.0
     for first in range(0, C, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -342,7 +345,7 @@ def dyt_backward(
 def _row_strides(**rows: Tensor) -> dict[str, int]:
     """Return the strides of tensors (outer, inner, C) as keyword arguments of a kernel.
 
-    For a tensor passed as `x=`, the keywords are "x_outer", "x_inner" and "x_column".
+    A tensor passed as `x=` gives the keyword arguments "x_outer", "x_inner" and "x_column".
     """
     return {
         f"{name}_{axis}": stride
@@ -354,7 +357,7 @@ def _row_strides(**rows: Tensor) -> dict[str, int]:
 def divide(count: int, block: int, least: int, most: int = 32) -> tuple[int, int]:
     """Divide `count` items into at most `most` shares. Return the number of items of a share and the number of shares.
 
-    The number of items of a share is a multiple of `block` and at least `least`. The last share can have fewer items.
+    The number of items of a share is a multiple of `block` and at least `least`. Only the last share can be smaller.
     """
     share = max(least, -(-count // most))
     share = -(-share // block) * block

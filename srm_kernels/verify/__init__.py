@@ -1,1 +1,1 @@
-"""`python -m srm_kernels verify`: measure whether the kernels are right on this device, and how fast they are."""
+"""`python -m srm_kernels verify`: check whether the kernels give correct results on this device, and time them."""

@@ -94,9 +94,10 @@ class Operator:
         dtypes: The dtypes to measure.
         backends: The backends to check against the reference.
         shares_size: Whether all results and gradients of the call are passed to `error_ratio` as `together`.
-        reference: (shape, inputs, backend) → the call with which the backend "reference" computes the results
-            of plain PyTorch and the exact results. The call uses the landmarks that `backend` chooses. None
-            means that `Case.judged` computes these results.
+        reference: (shape, inputs, backend) → the call that computes the results of plain PyTorch and the exact
+            results. The backend "reference" runs this call twice: in the dtype of the case, and in fp64. The call
+            uses the landmarks that `backend` chooses for `inputs`, because other landmarks would give other
+            results. None means that `Case.judged` is this call.
         ratio: (shape, inputs, results) → error divided by its bound, for an operator whose results are not
             floating point. None means that the numerics rule gives the ratio.
     """
@@ -136,12 +137,12 @@ class Case(NamedTuple):
 
     @property
     def call(self) -> Call:
-        """Return the call that is timed in the forward direction, and whose sizes the verdict contains."""
+        """Return the call that is timed in the forward direction; the rows of a verdict contain its sizes."""
         return self.operator.call(self.sizes)
 
     @property
     def trained(self) -> Call:
-        """Return the call that is timed with its gradients."""
+        """Return the call in training, which is timed together with its backward pass."""
         return (self.operator.trained or self.operator.call)(self.sizes)
 
     @property
@@ -153,7 +154,7 @@ class Case(NamedTuple):
 
     @property
     def judged(self) -> Call:
-        """Return the call that is checked: it runs all calls and returns all their results."""
+        """Return the function that is checked: it runs all of `calls` and returns all their results."""
         return _together(self.calls)
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> list[Tensor]:
@@ -253,7 +254,7 @@ def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, ...]:
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Return landmarks that do not depend on rounding."""
+    """Return the landmarks 0 to rank − 1 of each head, (B, H, rank), which do not depend on rounding."""
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 
 
@@ -264,8 +265,8 @@ def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[
     differ from the choice of the reference in fp64. The bound is the largest of three numbers: 1 landmark,
     1/16 of all landmarks, and twice the error of the reference in the dtype of the keys.
 
-    The bound is not zero for two reasons. Implementations can break ties differently. After one different landmark, the
-    later landmarks can differ too.
+    The bound is at least 1 landmark, because a correct implementation can choose other landmarks than the reference: it
+    can break ties differently, and after one different landmark, the later landmarks can differ too.
     """
 
     def ratio(s: Shape, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:
@@ -324,9 +325,10 @@ def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
 
 
 def _pool_several_links(s: Shape) -> tuple[Call]:
-    """Return a call that computes the scale statistic of two links with different r.
+    """Return a call of `pooled_links` with two links of different r.
 
-    Each link reads a map of its own, and one of the two maps is channels-last.
+    Each link reads a map of its own, and one of the two maps is channels-last. The call also computes the scale
+    statistics of both links.
     """
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
@@ -364,7 +366,7 @@ def _merge_links(s: Shape) -> Call:
 
 
 def _merge_several_links(s: Shape) -> tuple[Call]:
-    """Return a call without τ, with two links of different r that update two maps."""
+    """Return a call of `merge_links` without τ, with two links of different r; each link updates one of two maps."""
 
     def call(p: Tensor, maps: Tensor, x: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, output, beta, _ = weights
@@ -398,7 +400,7 @@ def _project(s: Shape) -> Call:
 
 
 def _project_alone(s: Shape) -> tuple[Call]:
-    """Return a call with one link and T = A F + a, without DyT."""
+    """Return a call of `project_sources` with one link, without DyT, and with a shift a, so that T = A F + a."""
 
     def call(t: Tensor, *weights: Tensor, backend: str | None) -> Any:
         return ops.project_sources(t, weights[:1], weights[2:3], shift=weights[0][0], backend=backend)

@@ -181,8 +181,9 @@ class Run:
         the implementation from the whole group. A fault outside `wanted` therefore also affects the cases of
         `wanted` in the same group. The method returns only cases whose group contains a case of `wanted`.
 
-        Without `--again`, it returns only cases with a fault that the environment can cause, such as
-        "timeout", because a new measurement may succeed. With `--again`, it returns cases with any fault.
+        Without `--again`, the method returns only cases with a fault that the environment can cause, such as
+        "timeout", because a new measurement may succeed. With `--again`, the method also returns cases with
+        other faults.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)
@@ -200,8 +201,8 @@ class Run:
     def measure(self, wanted: Sequence[Case]) -> None:
         """Measure the cases that have no final result in the verdict, and save every row immediately.
 
-        A result that the environment can cause, such as "memory" or "timeout", is not final. With `--again`,
-        all cases of `wanted` are measured.
+        A result that the environment can cause, such as "memory" or "timeout", is not final, so its case is
+        measured again. With `--again`, all cases of `wanted` are measured, with or without a final result.
         """
         rows = [] if self.options.again else self.verdict.rows
         known = {verdicts.identity(row): row for row in rows if row["status"] not in PASSING}
@@ -229,7 +230,7 @@ class Run:
         self._keep(self.verdict.finished(set(map(_group, wanted))))
 
     def _judge(self, asked: Sequence[Asked], judged: dict[Asked, Row | None]) -> None:
-        """Check implementations in several processes, because compilation takes most of the time."""
+        """Check implementations in parallel processes, because most of the time is spent on compilation."""
         start, done = time.monotonic(), 0
 
         def finished(index: int, answer: dict[str, Any]) -> None:
@@ -249,7 +250,7 @@ class Run:
             finished(i, Worker(self.options.device).alone(requests[i], self.options.limit))
 
     def _time(self, todo: Sequence[Case], judged: Mapping[Asked, Row | None]) -> None:
-        """Time the implementations that are right, in one process."""
+        """Time the implementations with the status "right", in one process."""
         worker, start = Worker(self.options.device), time.monotonic()
         ends = {_group(case): number for number, case in enumerate(todo)}
         try:
@@ -274,11 +275,11 @@ class Run:
             self.progress.show("")
 
     def _times(self, worker: Worker, case: Case, right: Sequence[str]) -> dict[str, Any]:
-        """Time the implementations `right` and their baselines.
+        """Time the implementations in `right` and their baselines.
 
-        The baselines are "reference", "eager" and, with `--compile`, "compiled" (see `measure.timed`). All of
-        them are timed in alternation in one process. If one of them fails, each one is timed in a process of
-        its own.
+        The baselines are "reference", "eager" and, with `--compile`, "compiled" (see `measure.timed`). The
+        implementations and the baselines are timed in alternation in one process. If an implementation or a
+        baseline fails, all are timed again, each in a process of its own.
         """
         names = ["reference", *right, "eager", *(["compiled"] if self.options.compile else [])]
         about = {"seconds": self.seconds}

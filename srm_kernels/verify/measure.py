@@ -1,4 +1,4 @@
-"""Check whether an implementation is right, and time it.
+"""Check whether an implementation of an operator is right, and time it.
 
 An implementation is right if the errors of its results and gradients satisfy the numerics rule
 (`srm_kernels/numerics.py`). Errors are measured against the reference computed in fp64. In addition, the
@@ -41,13 +41,13 @@ class Alone(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The results of a call, and the gradients with respect to its inputs, by the index of the input."""
+    """The results of a call, and its gradients: index of an input → gradient with respect to this input."""
 
     outputs: list[Tensor]
     gradients: dict[int, Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """Return all floating-point results and gradients by name."""
+        """Return a dictionary: name, such as "output 0" or "gradient 1" → floating-point result or gradient."""
         found = {f"output {i}": x for i, x in enumerate(self.outputs) if x.is_floating_point()}
         return found | {f"gradient {i}": x for i, x in self.gradients.items()}
 
@@ -154,9 +154,10 @@ def judged(case: Case, backend: str, device: Device) -> dict[str, Any]:
 
 
 def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, float | None]:
-    """Return the fault of an implementation as text, or None, and the largest ratio of an error to its bound.
+    """Return the fault of an implementation as text, and the largest ratio of an error to its bound.
 
-    The ratio is None if the device reported a fault or refused a launch.
+    The fault is None if the implementation is right. The ratio is None if the device reported a fault or refused a
+    launch.
     """
     operator, inputs = case.operator, case.inputs(device.torch_device)
 

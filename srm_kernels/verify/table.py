@@ -53,8 +53,9 @@ def _label(operator: str, backend: str) -> str:
 def summary(rows: Iterable[Row]) -> list[str]:
     """Return the lines of a table with one line per operator and backend, and one column per dtype.
 
-    A cell contains the first fault, "not supported", or "right" with the speedup in each direction. The
-    speedup is the geometric mean over shapes.
+    A cell contains the first fault of its cases. If no case has a fault, the cell contains "not supported", or "right"
+    with two speedups: of the forward pass, and of the forward and the backward pass together. The speedups are
+    geometric means over shapes (see `speedup`).
     """
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for (operator, dtype), found in grouped(rows).items():
@@ -95,7 +96,7 @@ class Progress:
 
 
 def left(done: int, total: int, seconds: float) -> str:
-    """Return the number of finished items and the estimated remaining time."""
+    """Return the progress as text: finished and total items and, after the first item, the estimated remaining time."""
     if not done:
         return f"{done}/{total}"
     return f"{done}/{total}, about {math.ceil(seconds / done * (total - done))} s left"

@@ -29,7 +29,7 @@ class Device:
     """A device whose tensors are on `torch_device`.
 
     Attributes:
-        key: The device and the versions for which its verdict holds.
+        key: The name of the device and the software versions for which the device's verdict holds.
         torch_device: The torch device of its tensors.
         shapes: The shapes to measure; None means the default shapes of the command.
     """
@@ -49,7 +49,7 @@ class Device:
         Errors of Triton and of the driver are not caught.
 
         Raises:
-            CannotRunError: The kernel gives wrong numbers.
+            CannotRunError: The trivial kernel gives wrong numbers.
         """
         from . import probe
 
@@ -76,7 +76,7 @@ class Device:
         return []
 
     def refusals(self) -> list[str]:
-        """Return the launches that the device has refused since the previous call of this method."""
+        """Return why the device has refused launches since the previous call of this method, one reason per launch."""
         return []
 
 
@@ -170,7 +170,7 @@ def open_device(name: str) -> Device:
 
 
 def cuda_missing() -> str | None:
-    """Return why torch can use no CUDA device, with the errors of the driver, or None if it can use one."""
+    """Return the reason why torch cannot use a CUDA device, including driver errors; None if torch can use one."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a build for CUDA from pytorch.org"
     with warnings.catch_warnings(record=True) as caught:

@@ -40,7 +40,7 @@ class Worker:
         self._pending = b""
 
     def ask(self, request: dict[str, Any], seconds: float) -> Answer:
-        """Return the child's answer. Without an answer, return the status "timeout" or "crashed", and the reason.
+        """Return the child's answer; if the child gives none, return the status "timeout" or "crashed" with the reason.
 
         Raises:
             CannotRunError: Two children in a row could not launch a trivial kernel.

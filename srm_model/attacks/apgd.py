@@ -45,10 +45,11 @@ def apgd_trace(
     Progress is checked at checkpoints. A window is the steps between two checkpoints. The first window has 22 % of all
     steps. The next windows have 19 %, 16 %, 13 %, 10 % and 7 %, and all later windows have 6 %.
 
-    A checkpoint halves η if fewer than 75 % of the window's steps raised the loss. From the second checkpoint on, it
-    also halves η if the best loss has not risen in the window and the previous checkpoint did not halve η. After
-    halving, the search continues from the best point, and x_before is also the best point. Each image has its own η and
-    its own best point. For an objective that is defined on the batch, each batch has one η and one best point.
+    At each checkpoint, η is halved if fewer than 75 % of the steps since the previous checkpoint (or since the start)
+    raised the loss. From the second checkpoint on, η is also halved if the best loss has not risen since the previous
+    checkpoint and η was not halved at the previous checkpoint. When η is halved, both x and x_before are set to the
+    best point found so far, and the search continues from this point. Each image has its own η and its own best point.
+    If the objective is defined on the batch, each batch has one η and one best point.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """

@@ -115,22 +115,24 @@ def audit(
       never falls by more than 1 % of the largest reach.
     - gradients: At most 1 % of the gradients are zero everywhere, and no gradient has a NaN or infinite element.
     - restarts: The reach of the best restart of PGD is at most 1.25 times the average reach of the restarts.
-    - derivative: Gradients agree with central differences along 8 random sign directions. The differences have the
-      widths ε/4, ε/32 and ε/256. For at least one width, the relative error over all images and directions is at most
-      20 %.
+    - derivative: Gradients agree with central differences along 8 random directions, whose elements are ±1. Each
+      difference is computed with three step sizes, which change an image by ε/4, ε/32 and ε/256 in the given norm.
+      For at least one step size, the relative error over all images and directions is at most 20 %.
     - transfer: A transfer attack is not stronger than the white-box attacks. For each image, the larger of
-      the reaches of PGD and APGD is subtracted from the reach of the transfer attack. The 95 % bootstrap
-      interval of the mean difference must not lie entirely above 0.
+      the reaches of PGD and APGD is subtracted from the reach of the transfer attack. The check fails if the 95 %
+      bootstrap interval of the mean difference lies entirely above 0.1 % of the spread of clean scores, which is a
+      tolerance for rounding errors.
     - black_box: The condition of "transfer", but for the square attack, which uses only scores.
-    - unbounded: With a radius that allows any image, PGD on pair inversion inverts the ranking (SROCC below 0). The
-      check does not run if the clean ranking is already inverted.
+    - unbounded: With a radius that allows any image, PGD that maximises the objective `pair_inversion` inverts the
+      ranking (SROCC below 0) or makes a score NaN or infinite. The check does not run if the clean ranking is already
+      inverted.
     - randomness: The scores of an image in 16 passes agree within 0.1 % of the spread of clean scores. The
       check also passes if the model declares its randomness by the attribute `stochastic`.
     - batch: The scores of an image alone and in a batch agree within 0.1 % of the spread of clean scores. The check
       does not run for a stochastic model.
 
     If the model is stochastic, the checks "steps" and "restarts" use the same random numbers in every step. The check
-    "derivative" uses the same random numbers for the gradient and the differences.
+    "derivative" uses the same random numbers for the gradient and for the central differences.
 
     The call does not change the state of the model.
 
@@ -290,7 +292,7 @@ class _Subject:
 
     @cached_property
     def best_white_box(self) -> Tensor:
-        """Return the larger of the reaches of PGD and APGD for each image, (images,)."""
+        """Return the reach (see `audit`) of PGD or APGD on each image, whichever is larger, (images,)."""
 
         def tuned(batch: int, sign: int) -> PGDTrace:
             steps = self.config.attack_steps
@@ -436,12 +438,12 @@ def _restarts(subject: _Subject) -> Finding:
     "rounded or replaced, and it misleads gradient attacks.",
 )
 def _derivative(subject: _Subject) -> Finding:
-    """Compare ⟨∇f, d⟩ with the central difference (f(x + hd) − f(x − hd)) / 2h for sign directions d.
+    """Compare ⟨∇f, d⟩ with the central difference (f(x + hd) − f(x − hd)) / 2h for random directions d.
 
-    x is clipped so that x + hd and x − hd are in [0, 1]. A correct gradient agrees with the central
-    difference if h is small enough for the score to be almost linear, and large enough for the rounding
-    errors of fp32 to be small. A wrong gradient agrees at no h. Therefore the check compares at three widths
-    h, and uses the best agreement.
+    The elements of d are ±1. x is clipped so that x + hd and x − hd are in [0, 1]. A correct gradient agrees with the
+    central difference if h is small enough for the score to be almost linear, and large enough for the rounding errors
+    of fp32 to be small. A wrong gradient agrees at no h. Therefore the check compares the gradient and the central
+    difference at three values of h, and uses the value at which they agree best.
     """
     largest = subject.radius / subject.largest  # change of a pixel along a sign direction
     widths = [min(largest / share, 0.25) for share in _WIDTHS]

@@ -96,8 +96,9 @@ def certify(
     standard deviation σ. The median-smoothed score of x + δ lies between two quantiles of the scores of noisy copies of
     x: the Φ(−eps/σ)-quantile and the Φ(eps/σ)-quantile. Φ is the standard normal distribution function.
 
-    The quantiles are bounded by order statistics of the samples. Each bound fails with probability at most
-    (1 − confidence)/2 over the noise. The bounds hold for the smoothed model, not for the given model.
+    The scores of `samples` noisy copies of x are computed. The order statistics of these scores bound the two
+    quantiles. Because the noise is random, a bound can be wrong, with a probability of at most (1 − confidence)/2. The
+    bounds hold for the smoothed model, not for the given model.
 
     Args:
         model: Any module that `pgd` accepts. Its state does not change.
@@ -110,7 +111,7 @@ def certify(
         generator: Generator of the noise. Default: seed 0.
 
     Returns:
-        The median of the samples of each image, and bounds of the median-smoothed score.
+        The median score of the noisy copies of each image, and bounds of the median-smoothed score of x + δ.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -195,7 +196,7 @@ def _ordered(found: Certificate) -> float:
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return a lower and an upper position in `count` sorted samples. Positions count from 1.
+    """Return the positions, counted from 1, of a lower bound and an upper bound in `count` sorted samples.
 
     The sample at the lower position is a lower bound of the Φ(−shift)-quantile. The sample at the upper position is an
     upper bound of the Φ(shift)-quantile. Φ is the standard normal distribution function. A position is None if no

@@ -79,7 +79,8 @@ def fgsm(
     Arguments, result and errors are those of `pgd`.
 
     Raises:
-        ValueError: As in `pgd`. Also if the objective's gradient is zero at the clean images, as for `Drift`.
+        ValueError: As in `pgd`, or the gradient of the objective is zero at the clean images (`flat_at_clean` is True),
+            as for `Drift`.
     """
     check_objective(objective)
     if getattr(objective, "flat_at_clean", False):
@@ -124,8 +125,8 @@ def pgd_trace(
         objective: The objective to maximise, a callable from `(scores, mos, clean_scores)` to losses (B,) or one 0-d
             loss of the batch.
         norm: "linf", the largest change of a pixel value, or "l2", the Euclidean norm of an image's 3×H×W tensor.
-        eps: Radius for each image. Rounding never moves an image out of the ball or out of [0, 1]. `Suite` scales L2
-            budgets by the image's size; this function does not.
+        eps: Radius of the ball around each image. Rounding never moves an image out of the ball or out of [0, 1].
+            `Suite` scales L2 budgets by the image's size; this function does not.
         steps: Steps of each restart.
         step_size: Size of a step along the sign ("linf") or the normalised gradient ("l2"). Default: 2.5·eps/steps
             ("linf") or 4·eps/steps ("l2").
@@ -188,12 +189,14 @@ def run_restarts(
     Args:
         problem: The problem to solve.
         climb: Function `climb(copies, best)` that runs `copies` restarts at once. It passes every iterate to
-            `best.offer`, and returns the losses of all iterates, (copies, iterates, …).
+            `best.offer`, and returns the losses of all iterates, (copies, iterates, B), or (copies, iterates) if the
+            objective is defined on the batch.
         restarts: Number of restarts.
         restart_batch: As in `pgd`.
 
     Returns:
-        The best points over all restarts, and the losses of all restarts, (restarts, iterates, …).
+        A `Best` with the iterates of the highest loss over all restarts, and the losses of all iterates,
+        (restarts, iterates, B), or (restarts, iterates) if the objective is defined on the batch.
     """
     if restart_batch is not None:
         restart_batch = check_count("restart_batch", restart_batch)

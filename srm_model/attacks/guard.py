@@ -17,11 +17,11 @@ from srm_model.neck import SRMNeck
 
 @contextmanager
 def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
-    """Run the block in evaluation mode and fp32, with seeded random generators; restore everything afterwards.
+    """Run the `with` block with the model in evaluation mode and seeded random generators; then restore the state.
 
-    In the block, autocast is off and gradients are enabled, even under an outer `no_grad` or `inference_mode`.
+    In the `with` block, autocast is off and gradients are enabled, even under an outer `no_grad` or `inference_mode`.
 
-    The following state is the same after the block as before the block:
+    The following state is the same after the `with` block as before it:
 
     - the mode of every submodule;
     - all buffers: the tensor objects and their values;
@@ -215,7 +215,7 @@ def check_images(images: Tensor) -> None:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and PyTorch for the block, then restore them."""
+    """Seed the global generators of Python, NumPy and PyTorch for the `with` block, then restore their states."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, models may use it
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

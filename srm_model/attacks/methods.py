@@ -21,9 +21,9 @@ class AttackMethod(NamedTuple):
     """A search method.
 
     Attributes:
-        trace: Function that searches and returns a `PGDTrace`. Its positional arguments are a model, images,
-            MOS and an objective. Its keyword arguments are `norm`, `eps`, `eot`, `generator` and `on_step`,
-            as in `pgd_trace`, and the keys of `settings`.
+        trace: Function that searches for adversarial images and returns a `PGDTrace`. Its positional arguments
+            are a model, images, MOS and an objective. Its keyword arguments are `norm`, `eps`, `eot`, `generator`
+            and `on_step`, as in `pgd_trace`, and the keys of `settings`.
         settings: Further keyword arguments of `trace`: a mapping from the name of each argument to the field
             of `SRMConfig` that has its value. The names of the fields start with `attack_`. A run can be
             resumed only if these fields have the same values as before.

@@ -91,10 +91,10 @@ class Signed:
 class SoftSpearman:
     """Negative correlation between soft ranks of the scores and ranks of the MOS; one loss per batch.
 
-    The correlation is a smooth form of SROCC. The soft rank of image a is
-    Σ_b sigmoid((f(x'_a) − f(x'_b)) / T). For T → 0, the soft rank converges to the rank of a minus 1/2; the
-    correlation does not depend on this constant. The loss is in [−1, 1]. The loss is 0 if all MOS of the
-    batch are equal.
+    The correlation is a smooth form of SROCC. The soft rank of image a is ρ_a = Σ_b sigmoid((f(x'_a) − f(x'_b)) / T).
+    Let R_a be the rank of the score of image a; the lowest score has rank 1. For T → 0, ρ_a converges to R_a − 1/2. The
+    correlation does not depend on the constant 1/2. The loss is in [−1, 1]. The loss is 0 if all MOS of the batch are
+    equal.
     """
 
     temperature: float = _DEFAULTS.pair_temperature  # T

@@ -92,8 +92,8 @@ def attacking(
 ) -> Iterator[Problem]:
     """Check the arguments of an attack and yield its `Problem`.
 
-    In the block, the model is in evaluation mode and fp32. Afterwards its state is restored, as in
-    `as_found`.
+    In the block, the model is in evaluation mode and fp32. At the end of the block, `as_found` restores the
+    model's state.
     """
     check_model(model)
     check_images(images)
@@ -147,10 +147,13 @@ class Problem:
             self.clean_scores = self.images.new_full((len(self.images),), math.nan)
 
     def check_losses(self, losses: Tensor) -> None:
-        """Raise ValueError if an image or the batch has no finite loss, and a clean score is not finite.
+        """Check the clean scores if an image, or the whole batch, has no finite loss.
 
         Args:
             losses: Losses of all iterates, (restarts, iterates, B) or (restarts, iterates).
+
+        Raises:
+            ValueError: A clean score is not finite.
         """
         if not losses.isfinite().flatten(0, 1).any(0).all():
             check_finite(self.scores(self.images).mean(0))
@@ -176,7 +179,10 @@ class Problem:
         return spread.reshape(-1, 1, 1, 1).to(self.images.dtype)
 
     def choose(self, where: Tensor, points: Tensor, others: Tensor) -> Tensor:
-        """Select points like `torch.where`, in half its time on a CPU. The mask `where` has the shape of losses."""
+        """Select points as `torch.where` does, but in half the time on a CPU.
+
+        The mask `where` has the shape of the losses, (n, B) or (n,).
+        """
         return torch.lerp(others, points, self.per_image(where))  # exact for weights 0 and 1
 
     def loss(self, x: Tensor) -> Tensor:
@@ -184,12 +190,12 @@ class Problem:
         return self.loss_of(self.scores(x))
 
     def scores(self, x: Tensor) -> Tensor:
-        """Return the model's scores at x, (eot, n·B), from `eot` passes without gradient."""
+        """Return the model's scores (eot, n·B) of the points x, from `eot` forward passes without gradient."""
         with torch.no_grad():
             return torch.stack([scores_of(self.model, x) for _ in range(self.eot)])
 
     def loss_of(self, scores: Tensor) -> Tensor:
-        """Return the objective, (n, B) or (n,), for scores (eot, n·B), averaged over the passes."""
+        """Evaluate the objective on the scores (eot, n·B) of each pass; return the mean over passes, (n, B) or (n,)."""
         return torch.stack([self._judge(sample) for sample in scores]).mean(0)
 
     def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,10 +248,10 @@ class Problem:
 
 
 class Best:
-    """The points with the highest loss so far, for each copy of the batch.
+    """The evaluated images with the highest loss so far, for each copy of the batch.
 
-    For each image of a copy, the point with the highest loss is kept. If the objective is defined on the
-    batch, a copy has one loss, and the points of all its images are replaced together.
+    For each image of a copy, the point (see `Problem`) with the highest loss is kept. If the objective is
+    defined on the batch, a copy has one loss, and the points of all its images are replaced together.
     """
 
     points: Tensor
@@ -269,7 +275,7 @@ class Best:
         return better
 
     def offer_copies(self, other: Best) -> None:
-        """Offer the copies of another `Best` one by one, as if the restarts had run one after another."""
+        """Call `offer` for each copy of another `Best`, as if the restarts had run one after another."""
         copies = other.points.unflatten(0, (len(other.loss), -1))
         for points, loss in zip(copies, other.loss, strict=True):
             self.offer(points, loss[None])

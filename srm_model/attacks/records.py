@@ -28,7 +28,7 @@ class Batch:
 
 
 class Records:
-    """The batches of one run, which may be stored in a folder.
+    """The results of all batches of one run of attacks, stored in a folder if `folder` is given.
 
     Each file holds the results of one batch and the settings that determine these results.
 
@@ -61,7 +61,10 @@ class Records:
             save_file(tensors, path, {"record": json.dumps(record)})
 
     def share(self, attacks: Iterable[str]) -> list[int]:
-        """Return the indices of this rank's batches: its share of all batches that lack results of `attacks`."""
+        """Return the indices of the batches that this rank must attack.
+
+        Each rank gets a share of the batches that lack the results of at least one of `attacks`.
+        """
         rank, world = ranks.place()
         wanted = set(attacks)
         unfinished = [number for number, batch in enumerate(self.batches) if wanted - batch.attacks.keys()]

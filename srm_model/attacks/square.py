@@ -36,19 +36,21 @@ def square_trace(
 ) -> PGDTrace:
     """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
-    Each round of queries proposes a change of each image. With "linf", the perturbation in a random square
-    becomes ±eps, with one sign per channel. With "l2", the perturbation in one random square becomes zero. In
-    a second random square, the perturbation is normalised, and a bump of random sign is added to it. The
-    second square is then scaled. Its new norm consists of the norm that both squares had before the change,
-    and of the unused budget.
+    The first round of queries evaluates the starting points. Each later round proposes one change for each
+    image. With "linf", the perturbation in a random square becomes ±eps, with one random sign per channel.
+    With "l2", the perturbation in one random square becomes zero. In a second random square, the perturbation
+    is normalised, and a bump of random sign is added to it. This sum is scaled so that the norm of the whole
+    perturbation becomes eps. Finally, the changed image is projected to the ball and to [0, 1].
 
     An image keeps the change if the change raises its loss. If the objective is defined on the batch, the
     changes of the images are tried one after another, and a change is kept if it raises the loss of the
     batch. Such a trial needs no further query, because all scores of the round are known.
 
-    The model need not be differentiable. Arguments that are not listed, the result and errors are those of
-    `pgd`. In a trace, `losses` has the shape (1, rounds, …), with the losses of the kept images after each
-    round. `zero_gradients` and `nonfinite_gradients` are NaN, because no gradient is computed.
+    The model need not be differentiable. The arguments that are not listed below, the result and the errors are as
+    in `pgd`. `square` returns only the attacked images, and `square_trace` returns a `PGDTrace`. In this trace,
+    `losses` has the shape (1, rounds, B), or (1, rounds) if the objective is defined on the
+    batch. It contains the losses of the images that are kept after each round. `zero_gradients` and
+    `nonfinite_gradients` are NaN, because no gradient is computed.
 
     Args:
         queries: Number of scores per image, including the clean score if the objective uses it. Each of the `eot`
@@ -100,7 +102,7 @@ square = images_of(square_trace)
 def _decide(
     problem: Problem, scores: Tensor, proposed: Tensor, loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Accept or reject the proposals one by one; return a mask of the accepted images, the loss and the scores."""
+    """Accept or reject the proposals one by one; return the mask of accepted proposals, the new loss and new scores."""
     accepted = torch.zeros(proposed.shape[1], dtype=torch.bool, device=proposed.device)
     for position in range(len(accepted)):
         tried = scores.clone()
@@ -124,8 +126,8 @@ class _Squares:
     def start(self) -> Tensor:
         """Return the points where the search starts.
 
-        The perturbation of a starting point is a grid of bumps with norm eps if `Norm.bumps` is true, and
-        vertical stripes of ±eps otherwise.
+        If `Norm.bumps` is true, the perturbation of a starting point is a grid of bumps, and the norm of the
+        whole grid is eps. Otherwise, the perturbation consists of vertical stripes of ±eps.
         """
         images = self.problem.images
         if not self.problem.norm.bumps:
@@ -158,8 +160,10 @@ class _Squares:
     def _moved(self, delta: Tensor, side: int) -> Tensor:
         """Set a perturbation to zero in one random square and add a bump of random sign in another square.
 
-        The other square is scaled. Its new norm consists of the former norm of both squares and of the unused
-        budget.
+        In the other square, each channel of the perturbation is normalised, the bump is added, and the sum is
+        scaled. The squared norm of the scaled sum is the squared norm that this channel had in both squares
+        before the change, plus 1/C of the unused budget eps² − ‖δ‖². The norm of the whole perturbation is then
+        eps.
         """
         target, source = self._window(side), self._window(side)
         old = delta[target]  # [B, side, side, C]

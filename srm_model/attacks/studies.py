@@ -177,7 +177,7 @@ def sweep_eps(
 ) -> list[dict[str, Any]]:
     """Run a suite with different budgets.
 
-    Arguments that are not listed are those of `sweep_steps`.
+    Arguments that are not listed are those of `sweep_steps`, except `steps`.
 
     Args:
         eps: Budgets. Default: the budgets of the suite's config for the norm.

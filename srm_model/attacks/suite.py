@@ -272,7 +272,7 @@ class Job:
         return ATTACK_METHODS[attack.method].work(self.config, self.samples(self.model), attack.objective)
 
     def samples(self, model: nn.Module) -> int:
-        """Return the number of passes to average for a model."""
+        """Return the number of passes over which each gradient and each score of a model is averaged."""
         return self.config.eot_samples if is_stochastic(model) else 1
 
     def waiting(self, batch: Batch) -> list[Attack]:

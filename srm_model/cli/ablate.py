@@ -19,7 +19,7 @@ from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the jobs of a study whose results are missing, and print a summary.
+    """Run those jobs of a study that have no results yet, and print a summary.
 
     With --job, run only this job. With --list or --dry-run, only list jobs.
     """

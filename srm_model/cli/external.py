@@ -184,7 +184,7 @@ class Subject:
 
 
 def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str, Any]]]:
-    """Attack the model of the arguments at each budget.
+    """Attack the model that the arguments name, with each norm and budget.
 
     Args:
         args: Parsed arguments of `srm-iqa attack`.

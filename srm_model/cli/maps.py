@@ -64,8 +64,9 @@ class Maps:
     def _path(self, source: str) -> Path:
         """Return the path of the map of the image `source`.
 
-        In a folder, the map of photo.jpg is photo.jpg.map.png. If images from several folders have this name, the maps
-        of the other images are photo.jpg-2.map.png, photo.jpg-3.map.png and so on.
+        If maps are written to a folder, the map of photo.jpg is photo.jpg.map.png. Images from different folders may
+        have the same name. The map of the second photo.jpg is then photo.jpg-2.map.png, the map of the third one is
+        photo.jpg-3.map.png, and so on.
         """
         if not self._several and not self._out.is_dir():
             return self._out

@@ -68,7 +68,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
 class _Registered:
     """The accepted values of the fields in `REGISTERED`, as text for `--help`.
 
-    The text is built only when it is printed, because building the text imports torch.
+    The text is built only when the help is printed, because building the text imports torch.
     """
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class _Registered:
 
 
 def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:
-    """Return a config, changed by the arguments of `add_config`.
+    """Return the config `base`, changed by the options that `add_config` adds.
 
     Args:
         args: Parsed arguments.
@@ -109,7 +109,7 @@ def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfi
     """Return the config of a trained model, changed by the attack settings in the arguments.
 
     Args:
-        args: Parsed arguments of `add_config`.
+        args: Parsed arguments, including the options that `add_config` adds.
         trained: Config of the model.
 
     Raises:

@@ -32,7 +32,7 @@ _OPTIONS = {
 def run(args: argparse.Namespace) -> int:
     """Measure every case and print the tables; return 2 if no case could run.
 
-    After each case, its row is appended to the file of rows.
+    After each case, a row with its results or its error is appended to the file `ROWS` in the folder of this machine.
     """
     device = device_from(args.device)
     chosen = {name: getattr(args, option) for name, option in _OPTIONS.items()}

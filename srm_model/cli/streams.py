@@ -60,8 +60,8 @@ def prepared() -> Iterator[Output]:
     """Within the `with` block, make standard output and standard error accept any text; yield standard output.
 
     A file name may contain bytes that cannot be decoded. Standard output writes these bytes unchanged. Standard error
-    writes an escape sequence such as \\udcff for each byte. Any other character that the encoding of a stream cannot
-    represent is written as an escape sequence such as \\u2192.
+    writes each of these bytes as an escape sequence such as \\udcff. On both streams, a character that the encoding
+    cannot represent is written as an escape sequence such as \\u2192.
     """
     _replace_closed()
     output = Output(sys.stdout)

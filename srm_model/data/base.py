@@ -86,8 +86,8 @@ def find_images(
         verify, progress: As in `find_faults`.
 
     Raises:
-        ValueError: The folder is missing, `rows` is empty, or `faults` has a fault, which the caller may have
-            added.
+        ValueError: The folder is missing, `rows` is empty, or `faults` contains a fault that this function or the
+            caller added.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected the images that {faults.source} lists")
@@ -147,12 +147,13 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         split: "train", "val" or "test".
         labels: Source of the labels. "mos": people's scores of these images. "opinions:<dataset>": people's scores of
             similar images in another dataset. "metric:<name>": values of a metric. "scores of <table>, column
-            <column>": scores from the table that `labelled_images` was given.
+            <column>": scores from the table that was passed to `labelled_images`.
         label_range: Lowest and highest label. Normalisation maps them to 0 and 1.
         crop_size: Side in pixels of the train transform's crops, at most S. Default: S. The function `train` assigns
             `SRMConfig.crop_size` to this attribute.
         mos: Normalised labels, (n,) float64.
-        names: File names in the list's order.
+        names: File name of each item. The items have the order of the dataset's list file, or of the indices that were
+            passed to `subset`.
         fingerprint: SHA-256, in hexadecimal, of the name, label and split of every image of the whole dataset. The
             three splits of a dataset have the same fingerprint.
     """

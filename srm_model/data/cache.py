@@ -32,7 +32,7 @@ class ImageCache:
         limit: Upper limit of the cache's size in bytes.
 
     Raises:
-        ValueError: The limit is below 1, or `folder` is a file.
+        ValueError: `limit` is below 1 byte, or `folder` or one of its parents is a file.
     """
 
     def __init__(self, folder: str | Path, limit: int) -> None:

@@ -30,9 +30,9 @@ def open_dataset(
 ) -> TID2013 | KonIQ10k:
     """Open a dataset whose type is detected from its files.
 
-    A folder with `mos_with_names.txt` or `labels.json` is opened as TID2013. A folder with only `labels.json` is an
-    unfinished synthesised dataset; opening it raises ValueError. A folder with a table that has KonIQ-10k's columns is
-    opened as KonIQ-10k.
+    A folder with `mos_with_names.txt` or `labels.json` is detected as TID2013. If it has `labels.json` without
+    `mos_with_names.txt`, it is an unfinished synthesised dataset, and ValueError is raised. A folder with a table that
+    has KonIQ-10k's columns is detected as KonIQ-10k.
 
     Args:
         root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
@@ -41,7 +41,8 @@ def open_dataset(
         The dataset.
 
     Raises:
-        ValueError: The folder has files of neither type or of both types, or the dataset is faulty.
+        ValueError: The folder does not exist, is detected as neither TID2013 nor KonIQ-10k or as both, or the dataset
+            is unfinished or faulty.
     """
     root = Path(root)
     if not root.is_dir():

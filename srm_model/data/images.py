@@ -145,8 +145,8 @@ def decoded(path: str | Path) -> Iterator[Picture]:
     """Decode the first frame of an image file, and yield it to the `with` block.
 
     Raises:
-        ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`). An exception of
-            the `with` block also becomes a ValueError.
+        ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`). An exception
+            that is raised in the `with` block also becomes a ValueError.
     """
     try:
         check_regular(path)

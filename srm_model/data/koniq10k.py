@@ -37,7 +37,7 @@ _AGREEMENT = 0.1  # tolerance on the scale 0 to 100; rounding errors are much sm
 
 
 class KonIQ10k(ImageQualityDataset):
-    """KonIQ-10k: 10,073 photographs with people's opinions, split 7058/1000/2015 into train, val and test.
+    """KonIQ-10k: 10,073 photographs with their MOS, split 7058/1000/2015 into train, val and test.
 
     The first list, `koniq10k_distributions_sets.csv`, gives the split of each image, and its MOS on a scale from 0 to
     100. The second list, `koniq10k_scores_and_distributions.csv`, is optional and has no split. It gives two scores of
@@ -47,9 +47,9 @@ class KonIQ10k(ImageQualityDataset):
     Both lists are recognised by their columns, not by their names. Their suffix must be `.csv` or `.tsv`. The separator
     is a comma, a semicolon, a tab or a vertical bar (|). The encodings are those of `srm_model.data.lists.read_list`.
 
-    A list with the name `koniq10k_distributions_sets.csv` must have the published split, 7058/1000/2015 images.
-    Otherwise the list is rejected, because it may be truncated. To use a subset of the images, give the list another
-    name.
+    A list with the name `koniq10k_distributions_sets.csv` must have the published split: 7058 images for train, 1000
+    for val and 2015 for test. Otherwise the list is rejected, because it may be truncated. To use a subset of the
+    images, give the list another name.
 
     Args:
         root: Folder that contains the lists and the folder of images, `1024x768/` or `512x384/`.
@@ -142,8 +142,9 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         if the folder has no list with MOS_zscore.
 
     Raises:
-        ValueError: No file has the columns of the list with the split, two or more files have the columns of the same
-            list, or one file has the columns of both lists.
+        ValueError: No file has the columns of the list with the split, two or more files have the columns of that
+            list, two or more files have the columns of the list with MOS_zscore, or one file has the columns of both
+            lists.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):

@@ -75,6 +75,7 @@ def records(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Return, for every row of a table, its line number and a dict of its fields by column name.
 
     Raises:
+        OSError: The file cannot be opened.
         ValueError: The file cannot be read as a table.
     """
     columns, separator = header(path)

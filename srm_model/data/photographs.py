@@ -54,7 +54,11 @@ class Frame(NamedTuple):
     crop: tuple[int, int] | None = None
 
     def __call__(self, path: Path) -> Pixels:
-        """Load the kept part of a photograph, (H, W, 3) uint8; raise ValueError if the photograph is too small."""
+        """Load the part of a photograph that the frame keeps, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: The photograph is too small.
+        """
         with decoded(path) as picture:
             width, height = picture.size
             kept = picture.size

@@ -61,9 +61,10 @@ def synthesize(
 ) -> Path:
     """Make a dataset in TID2013's layout from photographs.
 
-    The dataset has these files. In their names, RR, TT and L are the numbers of the reference, the type and the level:
+    The dataset has these files:
 
-    - `reference_images/IRR.BMP` and `distorted_images/iRR_TT_L.bmp`: the images;
+    - `reference_images/IRR.BMP` and `distorted_images/iRR_TT_L.bmp`: the images. RR is the number of the reference
+      image, TT is the number of the distortion type, and L is the level of the distortion;
     - `mos_with_names.txt`: the list of labels;
     - `labels.json`: the kind of the labels, the settings and the library versions;
     - `references.json`: the origin of the photographs.
@@ -382,8 +383,8 @@ def _read_labels(out: Path) -> dict[str, float]:
 def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, float]) -> None:
     """Write the reference images, `references.json` and the journal of labels.
 
-    Existing reference images are kept. The JSON file and the journal are rewritten. Temporary files of a killed process
-    are removed.
+    Existing reference images are kept. `references.json` and the journal are always rewritten. Temporary files that a
+    killed process left are removed.
     """
     make_folder(out / IMAGES)
     for leftover in out.glob("*/.*.partial.*"):  # a file of a process that was killed

@@ -57,9 +57,9 @@ class TID2013(ImageQualityDataset):
     case of file names is ignored. The reference images are not needed. The train, val and test splits have 60 %, 20 %
     and 20 % of the references (see `split_by_reference`). No two splits have images of the same reference.
 
-    Datasets of `srm_model.data.synthesize` have the same layout and an additional file, `labels.json`, which states the
-    kind and the range of the labels. In TID2013 itself, which has no `labels.json`, the labels are people's opinions
-    from 0 to 9.
+    `srm_model.data.synthesize` makes datasets in TID2013's layout, with an additional file, `labels.json`, which states
+    the kind and the range of the labels. TID2013 itself has no `labels.json`; its labels are mean opinion scores from 0
+    to 9.
 
     Args:
         root: Folder with `mos_with_names.txt` and `distorted_images/`.
@@ -81,8 +81,9 @@ class TID2013(ImageQualityDataset):
             are not "opinions:<dataset>", or if the SROCC is undefined.
 
     Raises:
-        ValueError: An image of the dataset is missing, ambiguous or cannot be decoded, a row is malformed, a score is
-            out of range, or a name is listed twice. The message names the first faulty row and the number of faults.
+        ValueError: A row of the list is malformed, has an invalid score, or has a name that is already listed; or the
+            image of a row is missing, cannot be decoded, or could be one of several files whose names differ only in
+            case. The message states the first faulty row and the number of faulty rows.
     """
 
     def __init__(
@@ -125,9 +126,10 @@ class TID2013(ImageQualityDataset):
 
     @staticmethod
     def missing(root: Path) -> str | None:
-        """Return a reason if the folder has neither `mos_with_names.txt` nor `labels.json`, otherwise None.
+        """Return why the folder is not a dataset in TID2013's layout, or None if it is one.
 
-        A folder that has only `labels.json` is an unfinished synthesised dataset.
+        A folder with `mos_with_names.txt` or `labels.json` counts as a dataset in this layout. A folder with only
+        `labels.json` is an unfinished synthesised dataset; opening it raises ValueError.
         """
         return None if (root / LIST).exists() or (root / LABELS).exists() else f"no {LIST}"
 
@@ -194,7 +196,7 @@ def read_labels(root: Path) -> Labels:
     """Read the kind and range of a dataset's labels.
 
     Raises:
-        ValueError: `labels.json` is missing from a synthesised dataset, or malformed.
+        ValueError: A synthesised dataset has no `labels.json`, or `labels.json` is malformed.
     """
     path = root / LABELS
     if not path.exists():

@@ -34,7 +34,7 @@ def attending(
 ) -> Iterator[tuple[tuple[int, int], tuple[Link, Tensor, Tensor, Tensor]]]:
     """Yield (source, target) and (link, Q, K, V) for every link into a fused stage.
 
-    `aligned` maps each stage to its aligned map (B, C, h, w).
+    `aligned` is a dictionary from each stage to its aligned map (B, C, h, w).
     """
     for source, target in neck.acting:
         link = neck.link(source, target)
@@ -103,9 +103,10 @@ def summary(measured: Measured, stages: int) -> dict[str, Any]:
 
 
 def quantiles(values: Tensor, shares: Mapping[str, float] = SHARES) -> dict[str, float]:
-    """Return the quantile of `values` at each share, as a dict with the keys of `shares`.
+    """Return some quantiles of `values` as a dict.
 
-    NaN, which singular matrices give, counts as infinite.
+    `shares` contains the probability of each quantile, for example {"median": 0.5}. The result has the same keys. NaN
+    values, for example of singular matrices, are treated as infinity.
     """
     ordered = values.double().flatten().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
     last = len(ordered) - 1

@@ -40,8 +40,9 @@ class Gate(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, S). `maps` has the pooled map (B, C, P, P) of each of the S stages.
 
-        If a submodule is an adapter or is parametrised, the logits are computed by calling the submodules. Otherwise
-        operators read the weights directly, and no convolution, GELU or linear module is called.
+        If `is_plain` is False for a submodule, for example for an adapter or a parametrised layer, the submodules are
+        called to compute the logits. Otherwise the weights are read directly, and no convolution, GELU or linear module
+        is called.
         """
         if not all(map(is_plain, self.modules())):
             return self.called(maps)
@@ -82,7 +83,10 @@ class Gate(nn.Module):
         return results, biases
 
     def _weights(self) -> dict[nn.Conv2d, Tensor]:
-        """Cast the weights of all convolutions with a single launch. Autocast would need one launch per weight."""
+        """Cast the weights of all convolutions to the dtype of autocast with a single kernel launch.
+
+        Autocast itself would need one launch per weight. If autocast is off, the weights are returned unchanged.
+        """
         convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
         weights = [conv.weight for conv in convs]
         return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))

@@ -119,8 +119,8 @@ class Link(nn.Module):
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
         """Return the operators' keyword arguments for landmarks.
 
-        In evaluation mode, a method that is meant for training only is replaced by its `LandmarkMethod.evaluated`, such
-        as "leverage_sample" by "leverage".
+        In evaluation mode, a method that is meant for training only is replaced by its `LandmarkMethod.evaluated`. For
+        example, "leverage" replaces "leverage_sample".
         """
         method, evaluated, generator = c.landmarks, LANDMARK_METHODS[c.landmarks].evaluated, None
         if evaluated is not None:

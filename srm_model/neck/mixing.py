@@ -102,7 +102,7 @@ class Mixer(nn.Module):
         return cast(Link, self.links[link_name(source, target)])
 
     def aligned(self, pyramid: Sequence[Tensor], *, every: bool = False) -> dict[int, Tensor]:
-        """Align maps (B, C_s, h, w); return maps (B, C, h, w) by stage.
+        """Align the maps (B, C_s, h, w) of a pyramid; return a dictionary from stage to aligned map (B, C, h, w).
 
         With `every`, all maps are aligned. Otherwise only the maps that a link or the gate reads are aligned.
         """
@@ -151,7 +151,7 @@ class Mixer(nn.Module):
     def whole(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None
     ) -> dict[int, Tensor]:
-        """Return all four updated maps (B, C, h, w) by stage, at full resolution."""
+        """Return a dictionary from each of the four stages to its updated map (B, C, h, w), at full resolution."""
         return self._called(self.aligned(pyramid, every=True), statistics, pool_sources=True, pooled=False)
 
     def _pooled_form(
@@ -195,7 +195,7 @@ class Mixer(nn.Module):
     def _called(
         self, aligned: dict[int, Tensor], given: BatchStatistics | None, pool_sources: bool, *, pooled: bool
     ) -> dict[int, Tensor]:
-        """Call the links and return the updated maps F_t + β_t fold(Σ U) by stage.
+        """Call the links and return a dictionary from stage t to its updated map F_t + β_t fold(Σ U).
 
         With `pooled`, the result has only the maps of the fused stages, averaged to P×P. Otherwise the result has the
         maps of all stages at full resolution.
@@ -233,6 +233,6 @@ class Mixer(nn.Module):
     def _beta(self, target: int) -> Tensor:
         """Return β as a 0-d tensor, which does not promote a map's dtype.
 
-        The parameter itself has the shape (1,), because FSDP does not support 0-d parameters.
+        The parameter for β is stored with the shape (1,), because FSDP does not support 0-d parameters.
         """
         return cast(Tensor, self.beta[str(target)]).reshape(())

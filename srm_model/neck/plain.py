@@ -57,5 +57,5 @@ class PlainNeck(nn.Module):
         """Do nothing; this neck has no τ."""
 
     def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
-        """Return nothing; this neck has no diagnostics."""
+        """Return an empty dict; this neck has no diagnostics."""
         return {}

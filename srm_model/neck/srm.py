@@ -131,9 +131,9 @@ class SRMNeck(Mixer):
 
         Gradient checkpointing of the neck repeats the forward pass during the backward pass. The repeated forward pass
         changes no buffer. It uses the same values of M₀ and σ̄ as the last training pass, which is normally the pass
-        that it repeats. In two cases, a checkpointed neck needs the argument `statistics`, after a call of
-        `statistics.finish()`: several training passes precede one backward pass, or the neck is compiled. Checkpointing
-        of the backbone alone needs no extra argument.
+        that it repeats. If several training passes precede one backward pass, or if the neck is compiled, a
+        checkpointed neck needs the argument `statistics`. In these two cases, `statistics.finish()` must be called
+        before the checkpointed pass. Checkpointing of the backbone alone needs no extra argument.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
@@ -146,7 +146,8 @@ class SRMNeck(Mixer):
 
         Raises:
             TypeError: Autocast is off, and a map has another dtype than the neck.
-            ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
+            ValueError: The maps have wrong shapes, are not on the neck's device, or contain values that are not finite.
+                The values are checked only on a CPU.
             RuntimeError: Gradient checkpointing repeats a forward pass that is not the last training pass. This is
                 checked only on a CPU.
         """
@@ -172,18 +173,19 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def track(self, statistics: BatchStatistics) -> None:
-        """Update σ̄ and M₀ with the finished statistics of a batch."""
+        """Update σ̄ and M₀ with the statistics of a batch. Call `statistics.finish()` first."""
         for name, sigma in statistics.sigma.items():
             cast(Link, self.links[name]).track(sigma)
         assert statistics.norms is not None
         self.track_norms(statistics.norms)
 
     def check(self, pyramid: Sequence[Tensor]) -> None:
-        """Check shapes, device and dtype of a pyramid, and on a CPU whether its values are finite.
+        """Check shapes, device and dtype of a pyramid. On a CPU, also check that its values are finite.
 
         Raises:
             TypeError: Autocast is off, and a map has another dtype than the neck.
-            ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
+            ValueError: The maps have wrong shapes, are not on the neck's device, or contain values that are not finite.
+                The values are checked only on a CPU.
         """
         if len(pyramid) != len(STAGES):
             raise ValueError(f"pyramid has {len(pyramid)} maps; expected {len(STAGES)}")
@@ -212,7 +214,7 @@ class SRMNeck(Mixer):
         finish: bool = True,
         earlier: BatchStatistics | None = None,
     ) -> NeckOutput:
-        """Fuse maps by the gate and compute the losses.
+        """Fuse maps with the gate and compute the losses.
 
         Args:
             maps: Updated, pooled maps, (B, S, C, P, P).
@@ -250,7 +252,7 @@ class SRMNeck(Mixer):
     def tau_loss(self, statistics: BatchStatistics) -> Tensor:
         """Return L_τ (docs/METHOD.md §3.3), computed with an updated copy of σ̄.
 
-        The copy is updated with the σ that `statistics` contains. The buffer σ̄ itself does not change.
+        The copy of σ̄ is updated with the σ that `statistics` contains. The buffer σ̄ itself does not change.
         """
         thetas, sigmas = [], []
         for pair in self.acting:
@@ -265,7 +267,8 @@ class SRMNeck(Mixer):
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
         """Return M₀ as it was before the batch of `statistics`, or None if there is no gain cap.
 
-        `statistics` keeps this value, because `track` may already have updated the buffer.
+        The first call for a batch stores M₀ in `statistics`, because `track` may update the buffer before the next call
+        for this batch.
         """
         if self.config.gain_cap is None:
             return None
@@ -276,7 +279,7 @@ class SRMNeck(Mixer):
         return statistics.median_rms
 
     def root(self, maps: Tensor) -> float:
-        """Return √(C·P·P), the ratio of ‖M‖_F and the root mean square of M."""
+        """Return √(C·P·P), the ratio of ‖M‖_F to the root mean square of M."""
         return math.sqrt(maps[0, 0].numel())
 
     @torch.no_grad()
@@ -302,7 +305,8 @@ class SRMNeck(Mixer):
 
         Raises:
             TypeError: Autocast is off, and a map has another dtype than the neck.
-            ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
+            ValueError: The maps have wrong shapes, are not on the neck's device, or contain values that are not finite.
+                The values are checked only on a CPU.
         """
         self.check(pyramid)
         calibration.calibrate(self, pyramid)

@@ -87,7 +87,10 @@ def _processor() -> str:
 
 
 def _nvidia_smi(device: torch.device, *names: str) -> list[str | None]:
-    """Query nvidia-smi about a device by its UUID. Values are None if the query fails."""
+    """Query nvidia-smi for properties of a device.
+
+    nvidia-smi finds the device by its UUID. If the query fails, all returned values are None.
+    """
     identifier = str(torch.cuda.get_device_properties(device).uuid)
     query = [
         "nvidia-smi",

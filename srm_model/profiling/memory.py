@@ -69,7 +69,7 @@ def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
 def undisturbed() -> Iterator[None]:
     """Disable garbage collection within the block.
 
-    A collection could free tensors that were allocated before the block, which would lower the measured memory.
+    Garbage collection could free tensors that were allocated before the block, which would lower the measured memory.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -81,7 +81,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> list[tuple[float, int]]:
-    """Extract the pairs that `timeline` returns, for one device type, from a profile with `profile_memory=True`."""
+    """Extract the (µs, bytes) pairs of `timeline`, for one device type, from a profile with `profile_memory=True`."""
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     found, total = [], 0

@@ -80,7 +80,7 @@ def stage_times(
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """Within the block, add a profiler range for each module of a model.
+    """Add a profiler range for each module of a model while the `with` block runs.
 
     In the backbone, only the two upper levels of modules get ranges.
     """

@@ -93,10 +93,11 @@ class Subject:
     def compulsory(self) -> int:
         """Lower bound of the bytes that a call must move to and from memory, even if all its operations are fused.
 
-        "forward" moves the inputs, the parameters and the result of a neck. The scores of a model are not counted.
-        "backward" counts twice as many bytes, for the gradients of these tensors. The images of a model are counted
-        twice too, although they have no gradient. "step" adds seven passes over the parameters: it reads the gradient,
-        the weight and two moments, and writes the weight and both moments.
+        For the direction "forward", the bound counts the inputs, the parameters and, for a neck, the result. The scores
+        of a model are not counted. For "backward", the bound is twice as large, because it also counts the gradients of
+        these tensors. The images of a model are counted twice too, although they have no gradient. For "step", the
+        bound has seven more passes over the parameters: the optimiser reads the gradient, the weight and two moments,
+        and writes the weight and both moments.
         """
         weights = bytes_of(*self.module.parameters())
         result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize
@@ -106,9 +107,10 @@ class Subject:
         return 2 * through + (7 * weights if self.case.direction == "step" else 0)
 
     def solve(self) -> Callable[[], object] | None:
-        """Return a function that only solves the landmark systems of this case, or None if the case has none.
+        """Return a function that only solves the landmark systems of this case, or None if the neck is not "srm".
 
-        The function also runs the backward pass of the solution, unless the direction of the case is "forward".
+        The returned function also runs the backward pass of the solution, unless the direction of the case is
+        "forward".
         """
         if self.case.neck != "srm":
             return None
@@ -205,7 +207,7 @@ def backbone_channels(name: str, resolution: int) -> tuple[int, ...]:
 
 
 def meta_copy(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Move a module and its inputs to the meta device, for counting. The module is moved in place."""
+    """Move a module (in place) and its inputs to the meta device, to count the module's operations there."""
 
     def moved(value: Any) -> Any:
         return [moved(v) for v in value] if isinstance(value, list) else value.detach().to("meta")

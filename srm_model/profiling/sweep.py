@@ -210,7 +210,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def kernels(profiled: Any) -> list[Any]:
-    """Return the kernels in a profile, without copies, fills and ranges."""
+    """Return the kernels in a profile. Copies, fills and user annotations are left out."""
     return [
         event
         for event in profiled.profiler.kineto_results.events()

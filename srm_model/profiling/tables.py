@@ -1,4 +1,4 @@
-"""Format the rows that `sweep.py` has measured as tables of strings."""
+"""Make tables of strings from the rows that `sweep.py` has measured."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
 def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Return the table of times in ms, memory in MiB and shares in percent.
 
-    The row of a failed case has an error message instead of these values.
+    The row of a failed case has an error message instead of times, memory and shares.
     """
     header = (
         "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,processor,above inputs,peak,reserved,resident,launches,"

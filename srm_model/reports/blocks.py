@@ -1,4 +1,4 @@
-"""Building blocks of the pages: sections, tables, neck names."""
+"""Build the parts of the HTML pages: sections, tables, and headings with the names of necks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def look(neck: str) -> int:
 
 
 def whole_page(title: str, main: Markup) -> Markup:
-    """Return the document around a page's main element."""
+    """Return a complete HTML document whose body contains the element `main`."""
     head = element(
         "head",
         element("meta", charset="utf-8"),

@@ -1,4 +1,4 @@
-"""Percentile bootstrap of correlations over test images. All models and attacks share the resamples."""
+"""Compute percentile bootstrap intervals of correlations. All models and attacks share the resamples of the images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SEED = 0
 def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the SROCC of every score vector on the same resamples of the images.
 
-    A resample draws images independently of each other, with replacement. However, images of the same photograph are
-    not independent, so intervals may be too narrow.
+    A resample draws images independently of each other, with replacement. However, distorted versions of the same
+    photograph are not independent, so intervals may be too narrow.
 
     Args:
         mos: Labels, (n,).
         scores: Score vectors, (n,) each.
 
     Returns:
-        SROCC, (len(scores), REPLICATES). A value is NaN if labels or scores of the resample are constant, or if any
-        score of the vector is not finite.
+        The SROCC of each score vector on each resample, (len(scores), REPLICATES). An SROCC is NaN if all labels or all
+        scores in the resample are equal. It is also NaN on all resamples if a score of the vector is not finite.
     """
     counts = _counts(len(mos))
     labels = _centred_ranks(mos, counts)
@@ -65,9 +65,9 @@ def interval(replicates: np.ndarray) -> tuple[float, float] | None:
 
 
 def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the ranks of the images in each resample, minus the mean rank, (n, R).
+    """Return the rank of each value in each of R resamples, minus the mean rank, (n, R).
 
-    Equal values get the mean of their ranks. `counts` (n, R) is how often each image occurs in each resample.
+    Equal values get the mean of their ranks. `counts` (n, R) states how often each value occurs in each resample.
     """
     if not np.isfinite(values).all():
         return np.full(counts.shape, np.nan)

@@ -1,7 +1,8 @@
-"""Draw the charts of the HTML pages, in the colours of the pages' style sheet for light and dark screens.
+"""Draw the charts of the HTML pages.
 
-Up to four series in a chart differ not only in colour, but also in dash and, if markers are drawn, in marker. Readers
-can therefore distinguish the series without seeing colours.
+The colours are variables of the pages' style sheet, which has one palette for light screens and one for dark screens.
+If a chart has at most four series, they differ not only in colour, but also in dash and, if markers are drawn, in
+marker. Readers can therefore distinguish the series without seeing colours.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ STYLE = drawing.STYLE | {
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart. `look` is the index of its dash, its marker and its colour, a CSS variable (--s0, --s1, …)."""
+    """A line of a chart.
+
+    `look` is the index of the line's dash, marker and colour. The colours are the CSS variables --s0, --s1, ….
+    """
 
     name: str
     x: Sequence[float] | np.ndarray
@@ -54,7 +58,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Fall:
-    """A row of `fall_chart`: a model's clean value and attacked value. The 95 % interval of a value may be None."""
+    """A row of `fall_chart`: a model's metric on clean images and on attacked images.
+
+    The 95 % interval of a value is None if no interval was computed.
+    """
 
     name: str
     clean: float
@@ -115,7 +122,7 @@ def scatter(
 ) -> Markup:
     """Draw points inside `x_limits` as dots, points outside `x_limits` as arrowheads, and `curve` as a line.
 
-    The arrowheads are on the left and right edges of the chart.
+    An arrowhead is on the left or right edge of the chart, at the y coordinate of its point.
     """
     low, high = x_limits
     with _axes(SCATTER_HEIGHT, x_label, y_label) as (figure, axes):
@@ -186,7 +193,10 @@ def swatch(look: int) -> Markup:
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
-    """Return axis limits slightly beyond `low` and `high`. The two limits always differ, and a `low` of 0 is kept."""
+    """Return axis limits slightly beyond `low` and `high`.
+
+    If `low` is 0, the lower limit is also 0. The two limits differ even if `low` equals `high`.
+    """
     span = (high - low) or abs(high) or 1.0
     return (low if low == 0 else low - 0.05 * span), high + 0.05 * span
 

@@ -57,9 +57,12 @@ def _landmark_count(found: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Format `found` as four Markdown tables: table 1 of the article, links, errors, and changes of landmarks.
+    """Format `found` as four Markdown tables.
 
-    The tables of errors and changes have a row for each landmark method.
+    The first table is Table 1 of the article, with one row for each setting. The second table has one row for each
+    link. The third and the fourth table have one row for each landmark method. The third table shows the median error
+    of the attention for each r. The fourth table shows the share of landmark sets that change when every pixel
+    changes by a small step.
     """
     ranks, methods = _ranks(found), _methods(found)
     links = {name: _cells(link["all"]) for name, link in found["links"].items()}

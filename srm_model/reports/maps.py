@@ -23,7 +23,7 @@ def draw_map(
     caption: str,
     model: str,
 ) -> None:
-    """Write the picture of a quality map as PNG. The same map gives the same file.
+    """Write the picture of a quality map as PNG. Calls that differ only in `path` write identical files.
 
     Args:
         path: File to write.

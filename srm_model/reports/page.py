@@ -52,7 +52,7 @@ def _header(run: Run, title: str) -> Markup:
 
 
 def _moment(created: str | None) -> str | None:
-    """Format a timestamp. Other text stays unchanged."""
+    """Format an ISO 8601 timestamp; return text that is no timestamp unchanged."""
     try:
         return f"{datetime.fromisoformat(created):%d %B %Y, %H:%M %Z}".strip(", ") if created else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Embed pictures of attacked images in the page."""
+"""Encode images as data URIs, to embed them in the pages of reports."""
 
 from __future__ import annotations
 

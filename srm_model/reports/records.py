@@ -102,7 +102,8 @@ class StudyResults:
 def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
     """Return a sort key that puts lines in the order of the study, regardless of which process finished first.
 
-    The key consists of the places of dataset, backbone, variant and neck in the study's lists, then norm, ε and seed.
+    The sort key has the positions of the dataset, backbone, variant and neck in the study's lists, then the position of
+    the norm in `NORMS`, then ε and the seed.
     """
     listed = (
         ("data", list(study.get("data", ()))),

@@ -127,7 +127,7 @@ class Run:
 
     @property
     def budgets(self) -> list[Budget]:
-        """All budgets of the attacks, Linf first, in ascending order."""
+        """All budgets of the attacks, sorted by norm (Linf first) and then by ε."""
         return sorted({item.budget for neck in self.necks for item in neck.attacks}, key=_budget_order)
 
     def attacked(self, budget: Budget) -> list[tuple[Neck, Attacked]]:
@@ -342,7 +342,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    """Read a number. null represents NaN or an infinity."""
+    """Read a number; null, which represents NaN or an infinity, becomes NaN."""
     return float("nan") if value is None else float(value)
 
 

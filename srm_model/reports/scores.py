@@ -1,4 +1,4 @@
-"""Draw scatter charts of predictions against labels, and show pictures of attacked images."""
+"""Draw scatter charts of labels against predicted scores, and show pictures of attacked images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES_PER_BUDGET = 3
 
 
 def label_words(labels: str) -> str:
-    """Return the title of an axis that shows labels."""
+    """Return the name of a kind of labels for an axis title, for example "mean opinion" for "mos"."""
     kind, _, name = labels.partition(":")
     known = {"metric": name.upper(), "mos": "mean opinion", "opinions": "mean opinion of a similar image"}
     return known.get(kind, labels)

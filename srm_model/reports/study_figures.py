@@ -24,8 +24,8 @@ def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | 
 
     Args:
         results: Results of the study.
-        folder: Folder of the files.
-        numbers: Numbers of the figures. Default: all.
+        folder: Folder to write the files to.
+        numbers: Numbers of the figures to write. Default: all figures.
 
     Returns:
         The paths that were written.
@@ -100,8 +100,8 @@ def _scale(results: StudyResults, figure: Any) -> bool:
 def _gate(results: StudyResults, figure: Any) -> bool:
     """Draw figure 4: γ, ‖M‖, and the entropy and mean of the gate weights, on the test images.
 
-    Values of different seeds are drawn together. Distributions are drawn as cumulative curves, because bars of many
-    series would overlap.
+    In each plot, the values of all seeds of a neck are combined into one curve. Distributions are drawn as cumulative
+    curves, because the bars of several histograms would overlap.
     """
     groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
@@ -161,7 +161,7 @@ def _steps(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 6: mean and standard deviation over seeds of the worst SROCC of the suite, for each budget.
+    """Draw figure 6: mean and standard deviation over seeds of the worst SROCC of the attack suite, for each budget.
 
     The figure shows models that were attacked at several budgets in the same norm. If some of these models have fewer
     seeds than others, only the models with the most seeds are shown. Tables 8 and 11 contain the other models.
@@ -201,7 +201,7 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
-    """Return all budgets at which the model of a line was attacked in the norm of this line."""
+    """Return the budgets of all attacks with the same model and norm as the attack of the results line `line`."""
     keys = (*_SERIES, "norm")
     return {
         other["identity"]["eps"]

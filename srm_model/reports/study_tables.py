@@ -128,7 +128,7 @@ def _table(
 
 
 def _rows(lines: Lines, keys: Sequence[str], cells: Callable[[Lines], Iterable[str]]) -> list[list[str]]:
-    """Return a row for each group of lines whose identities have the same values of `keys`.
+    """Return a table row for each group of result lines whose identities have the same values of `keys`.
 
     The first cells of a row are dataset, backbone and model. The function `cells` returns the other cells.
     """
@@ -375,7 +375,7 @@ def _ablations(results: StudyResults) -> Content:
 def _delta(full: Lines, lines: Lines, keys: Sequence[str]) -> float:
     """Return the mean over `lines` (a variant) minus the mean over `full` (the full neck).
 
-    Both means are over the seeds that `full` and `lines` have in common. Without common seeds, the result is NaN.
+    `lines` and `full` are averaged over the seeds that they have in common. Without common seeds, the result is NaN.
     """
     by_seed = [{line["identity"]["seed"]: line for line in found} for found in (full, lines)]
     seeds = by_seed[0].keys() & by_seed[1].keys()

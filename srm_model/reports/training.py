@@ -59,7 +59,7 @@ def training(run: Run) -> Child:
 
 
 def mechanism(run: Run) -> Child:
-    """Return the content of the diagnostics section: gate weights, share of capped images, and all other values."""
+    """Return the content of the diagnostics section: gate weights, share of capped images, and the other quantities."""
     logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
     if not logged:
         return missing("No diagnostics of a neck were logged.")
@@ -138,7 +138,7 @@ def _gate(neck: Neck) -> Markup | None:
 
 
 def _cap(neck: Neck) -> Markup | None:
-    """Draw each epoch's share of images with γ < 1, for training images and the validation batch of the diagnostics."""
+    """Draw the share of images with γ < 1 in each epoch, for all training images and one batch of validation images."""
     diagnosed = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
     found = {
         "training": _column(neck, "gain_active"),

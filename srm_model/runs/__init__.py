@@ -37,7 +37,8 @@ RUN = "run.json"
 def process_group() -> Iterator[bool]:
     """Join the process group of torchrun, and yield whether this process writes results.
 
-    A single process joins no group. Gloo transfers CPU tensors and pickled objects. NCCL transfers GPU tensors.
+    If there is only one process, it joins no group and writes results. Otherwise, the group uses gloo for CPU tensors
+    and pickled objects and, if CUDA is available, NCCL for GPU tensors. The first rank writes results.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
@@ -72,10 +73,10 @@ def keep_memory() -> None:
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
-    If this folder is inside the writable folder of a run or of a study, the outer folder is locked too. The folder of
-    a run gets a shared lock, so other commands can write to other checkpoints of the run. The folder of a study gets
-    an exclusive lock, because each process of `srm-iqa ablate` may write to any folder of its study. In a process
-    group, the first rank holds the locks.
+    If the folder is inside the folder of a run or of a study, the outer folder is locked too, unless it is read-only.
+    The folder of a run gets a shared lock, so other commands can write to other checkpoints of the run. The folder of a
+    study gets an exclusive lock, because each process of `srm-iqa ablate` may write to any folder of its study. In a
+    process group, the first rank holds the locks.
 
     Args:
         folder: Folder to lock.
@@ -104,18 +105,20 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
     """Record a command and its duration in `folder/run.json`.
 
-    Earlier contents of the file are kept, except the versions of the software. The command is added to the list of
-    commands, and the duration is added to the total duration.
+    If `run.json` exists, its entries are kept, but the versions of the software are replaced by the current versions.
+    The command is added to the list of commands unless it is already there. The duration of the block is added to the
+    total duration.
 
-    If the block raises before it has written other files to the folder, the folder is restored.
+    If the block raises an exception before it has changed any file in the folder, the earlier `run.json` is restored,
+    or `run.json` is removed if there was none. New empty folders are removed too.
 
     Args:
         folder: Run folder.
         arguments: Command line without the program's name.
-        about: Further contents of the file.
+        about: Further entries of `run.json`. An entry that the file already has is not replaced.
 
     Yields:
-        The contents of the file, which the block may extend.
+        The contents of `run.json`, which the block may extend.
     """
     path = folder / RUN
     before, content = set(folder.rglob("*")), path.read_bytes() if path.is_file() else None
@@ -225,7 +228,7 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def checkpoints_of_study(folder: str) -> dict[str, Path]:
-    """Return the folders of all checkpoints of a study or a run. The keys are the names to print in tables."""
+    """Return a dict from names, which tables print, to the folders of all checkpoints of a study or a run."""
     root = Path(folder)
     if (root / STUDY).is_file():
         found = sorted(path.parent for path in (root / "runs").rglob(CONFIG))
@@ -317,8 +320,8 @@ def dataset_for(
         progress: Whether to show a progress bar while files are checked.
 
     Raises:
-        ValueError: Neither `root` nor the card names a dataset, the dataset has changed since it was used for training,
-            or the dataset is faulty.
+        ValueError: Neither `root` nor the card names a dataset; or `root` is None, and the dataset that the card names
+            has changed since training; or the dataset is faulty.
     """
     trained = card.get("dataset") or {}
     if root is None and not trained.get("root"):

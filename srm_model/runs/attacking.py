@@ -39,7 +39,7 @@ def attack_checkpoint(
     """Attack a checkpoint and save the result in `folder/attacks/`.
 
     An existing result for the same arguments is not computed again. An interrupted attack is resumed. In a process
-    group, every rank calls this function.
+    group, every rank must call this function.
 
     Args:
         folder: Folder of the checkpoint.

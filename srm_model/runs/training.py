@@ -50,7 +50,7 @@ def train_neck(
         device: Device of the training.
         freeze_backbone: Whether to train only the neck and the head.
         resume: Whether to continue an unfinished training in the folder.
-        workers: Processes that load images.
+        workers: Number of processes that load images.
         progress: Whether to report progress on stderr.
         options: Further arguments of `srm_model.training.train`.
     """

@@ -127,8 +127,8 @@ class Study:
     def models(self) -> Iterator[Model]:
         """Yield every model to train.
 
-        First come all combinations of dataset, backbone, seed and neck. Then come the ablations, on the first dataset
-        and backbone.
+        The models of all combinations of dataset, backbone, seed and neck come first. The models of the ablations
+        follow. Ablations use only the first dataset and the first backbone.
         """
         for data, backbone, seed, neck in product(self.data, self.backbones, self.seeds, self.necks):
             yield Model(data, backbone, neck, FULL, seed, self.config.replace(seed=seed))
@@ -234,9 +234,10 @@ def _checked(values: Any) -> dict[str, Any]:
 
 
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
-    """Return the file's keys, with `roots` as `data`.
+    """Return the contents of the file, with `roots` as the value of the key `data`.
 
-    If a protocol in the file lists these datasets, the protocol's keys override the keys of the file.
+    `roots` maps names of datasets to folders. If a protocol in the file lists these datasets under `for`, the
+    protocol's other keys override the keys of the file.
     """
     chosen = set()
     for root in roots:
@@ -388,7 +389,7 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
 def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
     """Read one group of stronger attacks.
 
-    `trained` has the seeds of each neck and each ablation, by name. The group's `models` must be keys of `trained`.
+    `trained` maps the name of each neck and each ablation to its seeds. The group's `models` must be keys of `trained`.
     """
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
@@ -425,7 +426,11 @@ def _suite(values: Mapping[str, Any], default: str) -> str:
 
 
 def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read swaps: tables of config fields, with the optional keys `neck` and `beta` (one β for all links)."""
+    """Check and return the swaps, which are changes to trained `srm` models.
+
+    Each swap is a table of config fields. It can also have the keys `neck`, the name of another neck, and `beta`, a
+    number that replaces β of every link.
+    """
     for name, overrides in values.items():
         if not isinstance(overrides, dict):
             raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")
@@ -453,7 +458,7 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Read budgets as pairs (norm, ε). If `values` has no norm, take the budgets for tables from the config."""
+    """Read budgets as pairs (norm, ε). If no key of `values` is a norm, use `tables_of(config)` of every norm."""
     for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")
@@ -480,7 +485,7 @@ def _budget(norm: str, value: Any) -> float:
 
 
 def _texts(values: Mapping[str, Any], *keys: str) -> None:
-    """Raise ValueError unless a key has a list of distinct texts."""
+    """Raise ValueError if the list of a key contains a value that is not a string, or contains a string twice."""
     for key in keys:
         found = values.get(key, [])
         if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):

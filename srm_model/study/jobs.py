@@ -82,7 +82,10 @@ def attack_jobs(c: Context, model: Model, stronger: Stronger | None = None) -> I
 
 
 def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield evaluations of trained `srm` models after each swap, without new training."""
+    """Yield an evaluation for each trained `srm` model and each swap of the study.
+
+    A swap changes settings of a trained model without new training (see `measuring.swapped`).
+    """
     for model in models:
         for name, changes in c.study.swaps.items() if model.neck == "srm" else ():
             identity = {**model.identity, "swap": name, "changes": changes}
@@ -109,7 +112,10 @@ def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def stronger_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the attacks of table 15, whose suite or settings differ from those of the study's own attacks."""
+    """Yield the stronger attacks for table 15 of the report.
+
+    The suite or the settings of a stronger attack differ from those of the study's own attacks.
+    """
     models = list(models)
     for group in c.study.stronger:
         for model in models:
@@ -119,7 +125,10 @@ def stronger_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def sweep_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the sweeps of figure 5, on the first dataset and backbone at the first budget."""
+    """Yield the sweeps over PGD steps for figure 5 of the report.
+
+    The sweeps use the first dataset, the first backbone and the first budget of the study.
+    """
     for norm, eps in c.study.budgets[:1] if c.study.sweep else ():
         for model in models:
             if (model.data, model.backbone) == (next(iter(c.study.data)), c.study.backbones[0]):
@@ -130,7 +139,7 @@ def sweep_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def transfer_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the transfer attacks of table 10: between all necks of a backbone, and between backbones."""
+    """Yield the transfer attacks for table 10 of the report: between all necks of a backbone, and between backbones."""
     study, by_place = c.study, {(m.data, m.seed, m.backbone, m.neck): m for m in models}
     groups = [[(backbone, neck) for neck in study.necks] for backbone in study.backbones]
     groups += [[(backbone, neck) for backbone in pair] for pair in study.transfer for neck in study.necks]

@@ -1,4 +1,4 @@
-"""Measure a study's jobs and return plain JSON values."""
+"""Run the jobs of a study, and return their results as plain JSON values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from srm_model.training.loop import HISTORY
 
 
 def trained(c: Context, model: Model) -> dict[str, Any]:
-    """Train a model and return the clean correlations of its best epoch."""
+    """Train a model; return the correlations of its best epoch on clean test images, and details of the checkpoint."""
     folder = c.out / model.folder
     train_neck(
         new_model(model.backbone, model.neck, model.config, pretrained=c.study.pretrained),
@@ -77,7 +77,7 @@ def attacked(
 
 
 def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate a trained model as it is and after `changes` (see `swapped`). There is no new training."""
+    """Evaluate a trained model as it is, and again with `changes` but without new training (see `swapped`)."""
     loaded, card = c.opened(model)
     own, other = (
         evaluate(one, c.test(model), batch_size=model.config.batch_size, logistic=logistic_of(card))
@@ -97,9 +97,10 @@ def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[st
 
 
 def swapped(model: Any, changes: dict[str, Any]) -> Any:
-    """Return a copy of a trained model with `changes`.
+    """Return a copy of a trained model to which `changes` are applied.
 
-    The keys of `changes` are config fields, "neck" for another neck, and "beta" for one value of β for all links.
+    A key of `changes` is "neck", "beta" or the name of a config field. The value of "neck" is the name of another neck.
+    The value of "beta" is a number that replaces β of every link. All other weights stay as trained.
     """
     fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
     other: Any = build_model(
@@ -121,7 +122,7 @@ def _surrogate(c: Context, model: Model) -> Path | None:
 
 
 def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> dict[str, Any]:
-    """Audit a trained model, after `changes` as in `swapped`."""
+    """Audit a trained model, or a copy of it to which `changes` are applied (see `swapped`)."""
     loaded, _ = c.opened(model)
     surrogate = _surrogate(c, model)
     found = audit(
@@ -138,7 +139,7 @@ def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> di
 
 
 def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[str, Any]:
-    """Attack a trained model with increasing numbers of PGD steps, for figure 5."""
+    """Attack a trained model with increasing numbers of PGD steps, for figure 5 of the report."""
     loaded, card = c.opened(model)
     pairs = PairInversion(margin=model.config.pair_margin, temperature=model.config.pair_temperature)
     with _unfinished(c, label) as resume:
@@ -158,7 +159,7 @@ def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[s
 
 
 def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, label: str) -> dict[str, Any]:
-    """Attack each model, and score all attacked images with every model, for table 10."""
+    """Attack each model, and score all attacked images with every model, for table 10 of the report."""
     opened = {f"{m.backbone}/{m.neck}": c.opened(m) for m in models}
     config = models[0].config
     with _unfinished(c, label) as resume:
@@ -191,9 +192,10 @@ def _unfinished(c: Context, label: str) -> Iterator[Path]:
 
 
 def diagnosed(c: Context, model: Model) -> dict[str, Any]:
-    """Measure a neck for tables 1, 2 and 12 and figures 3 and 4.
+    """Measure a trained neck for tables 1, 2 and 12 and figures 3 and 4 of the report.
 
-    The measurements cover all links, heads and test images. They also include values from each epoch of the training.
+    The entries "links", "update_ratio" and "gate" cover all links, heads and test images. The entry "trajectory" has
+    values of each epoch of the training (see `_trajectory`).
     """
     loaded, _ = c.opened(model)
     dataset = c.test(model)
@@ -215,10 +217,11 @@ def diagnosed(c: Context, model: Model) -> dict[str, Any]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """Return a dict for each epoch: its number, τ, the scale of Y before and after τ, and the share of capped images.
+    """Return a dict per epoch: number, τ, scale of Y before and after rescaling by τ, and share of capped images.
 
-    The scale of Y is σ̄ before τ and τ·σ̄ after τ, divided by the link's `reference_scale`. τ and the two scales are
-    medians over all links and heads. An image is capped if its gain cap is active.
+    Y is the attention output of a link. Its scale is σ̄ / σ_ref before Y is multiplied by τ, and τ·σ̄ / σ_ref
+    afterwards. σ_ref is the `reference_scale` of the link. τ and the two scales are medians over all links and heads.
+    An image is capped if the gain cap reduces its fused map.
     """
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():

@@ -18,8 +18,9 @@ from srm_model.study.jobs import Job
 def record(job: Job, c: Context) -> None:
     """Measure a job and append its line to the results.
 
-    If the line already exists, the job is a finished training whose weights were lost or changed. This training runs
-    again, but adds no line. The new weights must equal the original weights.
+    If the results already have a line of this job, the job is a training that was finished before, but whose weights
+    were lost or changed. The training then runs again, but no second line is appended. The new weights must equal the
+    original weights.
 
     Raises:
         ValueError: A repeated training gave weights that differ from the original weights.

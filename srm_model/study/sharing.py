@@ -1,4 +1,4 @@
-"""Run the missing jobs of a study: one job, or all jobs, which several processes on this machine can share."""
+"""Run jobs of a study that have no result: one job, or all jobs, which several processes on this machine can share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT = 2.0  # seconds between checks for results of other processes
 def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
     """Return jobs without a result, and finished trainings that must run again.
 
-    A finished training must run again if its weights are lost or changed, and a job without a result needs them.
+    A finished training must run again if its weights are lost or changed and a job without a result needs the weights.
     """
     records = Records(out)
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
@@ -41,7 +41,7 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def share(jobs: Sequence[Job], c: Context) -> None:
-    """Run missing jobs until no job is missing. Skip a job while another process runs it."""
+    """Run the jobs that `missing` returns, until it returns none. Skip a job while another process runs it."""
     while left := missing(jobs, c.out):
         untrained, count, idle = _untrained(left), len(left), True
         for job in left:
@@ -55,10 +55,10 @@ def share(jobs: Sequence[Job], c: Context) -> None:
 
 
 def find_job(name: str, jobs: Sequence[Job], out: Path) -> Job | None:
-    """Return the job with this name, or None if its result exists.
+    """Return the job with this name, or None if the job need not run (see `missing`).
 
     Raises:
-        ValueError: No job has this name, or trainings that the job needs are missing.
+        ValueError: No job has this name, or the job needs a training that must run first.
     """
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
@@ -72,7 +72,7 @@ def find_job(name: str, jobs: Sequence[Job], out: Path) -> Job | None:
 
 
 def do_one(job: Job, jobs: Sequence[Job], c: Context) -> None:
-    """Run a job; raise ValueError if another process runs this job."""
+    """Run a job; raise ValueError if another process runs it or has finished it."""
     if not _attempt(job, jobs, c, job.label):
         raise ValueError(f"job {job.name!r}: another process on this machine is doing it")
 
@@ -83,7 +83,7 @@ def _untrained(left: Sequence[Job]) -> dict[str, str]:
 
 
 def _waits_for(job: Job, untrained: dict[str, str]) -> list[str]:
-    """Return the names of missing trainings that a job needs."""
+    """Return the names of the trainings that must run before a job."""
     folders = () if job.kind == CLEAN else [str(model.folder) for model in job.needs]
     return [untrained[folder] for folder in folders if folder in untrained]
 

@@ -17,7 +17,7 @@ _SCALE = 2.0**10  # prevents underflow of a score's gradient in fp16
 
 
 class Randomness:
-    """A copy of PyTorch's random state before a forward pass, so that `replay` draws the same random numbers."""
+    """A copy of PyTorch's random state before a forward pass; `replay` draws the same random numbers as this pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -66,7 +66,7 @@ def gradient_norm(
 def adversarial(
     model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int, share: float = 1.0
 ) -> Tensor:
-    """Attack images for adversarial training by PGD from one random start; return the attacked images.
+    """Attack images by PGD from one random start, for adversarial training; return the attacked images.
 
     PGD maximises the squared error (Madry et al., 2018). With `config.weight_consistency` > 0, PGD maximises the
     squared change of the score instead (Zhang et al., 2019). During the attack, the model is in evaluation mode and
@@ -87,9 +87,9 @@ def adversarial(
 def consistency(model: nn.Module, attacked: Tensor, scores: Tensor, randomness: Randomness) -> Tensor:
     """Return the mean over images of (f(x') − f(x))², the consistency term of TRADES (Zhang et al., ICML 2019).
 
-    TRADES is defined for classifiers and compares their class probabilities; this term compares scores. Its gradient
-    flows through both scores. The forward pass at x' draws the same random numbers as the pass at x, and updates no
-    running statistics.
+    TRADES is defined for classifiers and compares their class probabilities; this function compares scores. The
+    gradient flows through f(x') and f(x). The forward pass at x' draws the same random numbers as the pass at x, and
+    updates no running statistics.
 
     Args:
         attacked: The attacked images x' (B, 3, H, W).

@@ -38,7 +38,7 @@ def predict(
             original mode (training or evaluation).
         dataset: Dataset of pairs (image, label), which are read by index.
         batch_size: Images per forward pass.
-        workers: Processes that load images.
+        workers: Number of processes that load images.
         device: Device of the model. Default: the device of its parameters.
         progress: Whether to show a progress bar.
 
@@ -99,7 +99,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute SROCC on raw scores and PLCC on scores after a logistic map (docs/METHOD.md §5).
 
-    All other arguments and the errors are as in `predict`.
+    Arguments that are not listed, and the errors, are as in `predict`.
 
     Args:
         dataset: Dataset as in `predict`, with the attributes `mos`, `names` and `labels`.

@@ -1,4 +1,4 @@
-"""Errors and signals that end a training early."""
+"""Errors and signals that end a training run early."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class WorkerError(RuntimeError):
 
 
 class Preempted(BaseException):
-    """SIGTERM arrived, and the training was saved. Like KeyboardInterrupt, this class is not an `Exception`."""
+    """SIGTERM arrived; `train` raises this exception after it has saved the training state.
+
+    Like KeyboardInterrupt, this class is not a subclass of `Exception`, so `except Exception` does not catch it.
+    """
 
 
 class Termination:
@@ -46,7 +49,7 @@ class Termination:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Preempted as soon as SIGTERM arrives in the block, or at its start if SIGTERM arrived earlier."""
+        """Raise Preempted when SIGTERM arrives during the block, or at the block's start if SIGTERM arrived earlier."""
         self._at_once = True
         try:
             if self.received:
@@ -73,8 +76,9 @@ class Termination:
 def outlive_sigterm(worker: int) -> None:
     """Ignore SIGTERM in a worker.
 
-    Schedulers send SIGTERM to all processes of a job. If a worker ended, torch could raise an error in the training
-    process before the training process saves its state. The training process therefore ends the workers itself.
+    Schedulers send SIGTERM to all processes of a job. If SIGTERM ended a worker, torch could raise an error in the
+    training process before the training process saves its state. Workers therefore ignore SIGTERM, and the training
+    process ends them.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

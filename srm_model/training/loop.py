@@ -96,7 +96,8 @@ def train(
     weights is validated and saved in the checkpoint, instead of the current weights.
 
     A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as an
-    uninterrupted training. Random numbers, including those of shuffling, depend only on `config.seed` and the epoch.
+    uninterrupted training, because the random numbers of an epoch depend only on the seeds of config and dataset, the
+    epoch and the rank. The order of the images depends only on `config.seed` and the epoch.
 
     In a process group (torchrun), every rank calls this function with the same arguments and the same folder. Each
     batch is divided among the ranks. The statistics and losses of a batch are the same as in one process. Only rank 0
@@ -110,7 +111,7 @@ def train(
         val_set: Validation dataset, with the same kind of items and the same attributes as `train_set`.
         folder: Folder of the results.
         config: Settings of the training. Default: the model's config.
-        workers: Processes that load images.
+        workers: Number of processes that load images.
         resume: Whether to resume from a state in the folder. Otherwise training starts from the beginning and
             overwrites the state.
         progress: Whether to show progress on stderr.
@@ -249,9 +250,9 @@ class _Run:
         )
 
     def _has_idle_parameters(self) -> bool:
-        """Return whether some parameters have no effect on the score.
+        """Return whether some trainable parameters have no effect on the score.
 
-        Examples are the parameters of links into a stage that is not fused.
+        For example, the parameters of links into a stage that is not fused have no effect.
         """
         side = self.config.image_size
         image = torch.full((1, 3, side, side), 0.5, device=self.device)
@@ -285,7 +286,10 @@ class _Run:
             yield writer
 
     def _save(self, progress: dict[str, Any] | None) -> None:
-        """Write the state. `progress` is the progress of an unfinished epoch, or None between two epochs."""
+        """Write the state of the training to the folder.
+
+        `progress` is the result of `Progress.to_dict` for an unfinished epoch, or None after a finished epoch.
+        """
         values = {
             "identity": self.identity,
             "scaler": self.scaler.state_dict(),
@@ -327,9 +331,10 @@ class _Run:
         return self.model if self.average is None else self.average
 
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train an epoch; return its row of the history, and its progress.
+        """Train an epoch; return its row of the history, still without validation results, and its progress.
 
-        If the validation of the epoch fails, the progress is saved, so that the epoch is not trained again.
+        If the validation of the epoch fails, `_validate` saves this progress, so that a resumed training validates the
+        epoch without training it again.
         """
         config = self.config
         batches = self._batches(epoch)
@@ -389,9 +394,10 @@ class _Run:
         return {"epoch": epoch + 1, "lr": self._rates(factor), **at.row(), **skipped}, at.to_dict()
 
     def _rates(self, factor: float) -> dict[str, float]:
-        """Return the learning rates by group.
+        """Return the learning rate of each parameter group with weight decay, by the name of the group.
 
-        Weight decay does not change the learning rate, so the groups without weight decay are omitted.
+        Backbone and neck each have a parameter group with weight decay and a group without weight decay. Both groups
+        have the same learning rate, so the result omits the groups without weight decay.
         """
         return {
             group["name"]: factor * group["base_lr"]
@@ -420,7 +426,7 @@ class _Run:
         ]
 
     def _attacked(self, parts: list[_Part], epoch: int, index: int, share: float) -> list[_Part]:
-        """Attack the images of a step for adversarial training, with the fraction `share` of the budget.
+        """Attack the images of a step for adversarial training, with the budget `share` · `config.adversarial_eps`.
 
         The attacked images replace the clean images. With `weight_consistency` > 0, each micro-batch keeps its
         clean images and also gets the attacked images.
@@ -466,11 +472,12 @@ class _Run:
 
     @contextmanager
     def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
-        """If a worker dies, save the progress if possible, and raise a WorkerError.
+        """If a worker dies in the `with` block, save the progress if possible, and raise a WorkerError.
 
-        torch can raise the error of a dead worker anywhere in the block. `_fetch` handles errors that are raised while
-        it loads images. This context manager handles all others, but cannot save the progress in two cases: during a
-        step, because the step is incomplete, and with several ranks, because saving needs all ranks.
+        torch can raise the error of a dead worker at any line of the `with` block. If torch raises it while `_fetch`
+        loads images, `_fetch` handles the error. In all other cases, this context manager handles it, but cannot save
+        the progress during a step, because the step is incomplete, or with several ranks, because all ranks must take
+        part in saving.
         """
         try:
             yield
@@ -491,7 +498,11 @@ class _Run:
             self.average.load_state_dict(self.model.state_dict())
 
     def _step(self, parts: list[_Part], count: int) -> tuple[dict[str, Tensor], str]:
-        """Run an optimiser step on this rank's share of a batch of `count` images; return losses and outcome."""
+        """Run an optimiser step on this rank's share of a batch; return the losses and the outcome.
+
+        `count` is the number of images of the whole batch. The losses are those of the whole batch. The outcome is
+        STEPPED, SKIPPED or FAILED.
+        """
         statistics = self._survey(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         found = []
@@ -514,8 +525,8 @@ class _Run:
         """Return the losses of one micro-batch of this rank.
 
         Each loss is scaled so that its mean over all micro-batches and ranks is the loss of the whole batch. For a loss
-        that is a mean over images, the factor is `share`: the number of images in this micro-batch, divided by the mean
-        number of images per micro-batch, over all ranks.
+        that is a mean over images, the factor is `share`. It is the number of images in this micro-batch, divided by
+        the mean of this number over all micro-batches and ranks.
         """
         config = self.config
         images, regularised = part.images, config.weight_gradient > 0
@@ -575,7 +586,7 @@ class _Run:
         return dict(zip(found[0], ranks.total(own) / self.world, strict=True))
 
     def _update(self, loss: Tensor, norm: Tensor) -> str:
-        """Run the optimiser's step if loss and gradient are finite; return the outcome."""
+        """Run the optimiser's step if loss and gradient are finite; return STEPPED, SKIPPED or FAILED."""
         loss_finite, norm_finite = torch.isfinite(torch.stack([loss, norm.float()])).tolist()
         if loss_finite and norm_finite:
             self.scaler.step(self.optimizer)
@@ -649,7 +660,7 @@ class _Run:
 
 @contextmanager
 def _compiled(model: Any, backend: str | None) -> Iterator[None]:
-    """Compile backbone and head with torch.compile until the block ends. The neck is not compiled."""
+    """Compile backbone and head with torch.compile for the duration of the `with` block, but not the neck."""
     if backend is None:
         yield
         return

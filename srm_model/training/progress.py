@@ -16,7 +16,8 @@ _KEPT = ("step", "seen", "counted", "seconds", "waited", "skipped", "failures")
 class Progress:
     """Progress of an epoch.
 
-    The first epoch has the number 0. Losses are of whole batches, over all ranks. Times are of this process only.
+    The first epoch has the number 0. Losses are means over whole batches, which include the images of all ranks. Times
+    are measured in this process only.
     """
 
     def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
@@ -65,8 +66,8 @@ class Progress:
     def row(self) -> dict[str, Any]:
         """Return the measurements of the epoch for its row of the history.
 
-        They are the mean losses, the share of images with an active gain cap, the time in seconds, the throughput, and
-        the share of time that was spent waiting for data.
+        The measurements are the mean losses, the share of images with an active gain cap, the time in seconds, the
+        throughput, and the share of time that was spent waiting for data.
         """
         capped, images = ranks.total(self._capped).tolist()
         return {

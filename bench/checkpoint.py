@@ -215,7 +215,7 @@ def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
     write_text(options.out / "table.md", f"# Results of the packed checkpoints\n\n{text}")
     source = packed / NECKS[0]
     difference = _difference(trained / NECKS[0], source)
-    notes = ["weight matrices are stored in fp16, and computed in fp32; all results were measured this way"]
+    notes = ["weight matrices are stored in fp16 and used in fp32; all results were measured this way"]
     if difference is not None:
         notes.append(f"the fp16 weights change the score of a clean test image by at most {difference:.1e}")
     for path in sorted((source / "attacks").glob("*.json"))[:1]:

@@ -21,8 +21,8 @@ LABEL_RANGE = (0.0, 9.0)  # the range of TID2013
 class Scale(NamedTuple):
     """Map the value of a metric to a label: max(0, 9·(1 − √((1 − value) / worst))). An undistorted image gets 9.
 
-    For most distorted photographs, the value of the metric is close to 1. The square root enlarges the differences
-    between these values and keeps their order. A value of 1 − `worst` or less gets the label 0. Almost no image that is
+    For most distorted photographs, the value of the metric is close to 1, so 1 − value is close to 0. The square root
+    of 1 − value spreads these small numbers apart and keeps their order. A value of 1 − `worst` or less gets the label 0. Almost no image that is
     distorted at one of TID2013's five levels has a value below 1 − `worst`, so almost no label is clipped.
     """
 

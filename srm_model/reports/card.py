@@ -182,9 +182,9 @@ def _labels(dataset: Mapping[str, Any]) -> list[str]:
         lines.append(f"- the labels are values of the metric {source.upper()}, not people's opinions")
     if kind == "opinions":
         lines.append(
-            "- the labels are people's opinions of similar images: each label is the opinion score of the "
-            f"{source} image with the same photograph, distortion type and level. The training and test images are "
-            f"not images of {source}, and no result here is a result on {source}"
+            f"- the training and test images are not images of {source}, and no result here is a result on {source}. "
+            "The labels are people's opinions of similar images: the label of an image is the opinion score of the "
+            f"{source} image with the same photograph, distortion type and level"
         )
         lines.append(
             "- a predictor that knows only distortion type and level has an SROCC of "

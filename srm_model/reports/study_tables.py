@@ -84,7 +84,7 @@ def html(found: Table) -> Markup:
 
 
 def rows_of(found: Table) -> list[dict[str, Any]]:
-    """Return a dict for each row: the number of the table, then the text of each cell by its column.
+    """Return one dict for each row: the number of the table under "table", and the text of each cell under its column.
 
     If several columns have the same heading, such as "Δ", the name of each of them starts with the heading of the
     column on its left: "clean SROCC, Δ".

@@ -1,10 +1,10 @@
 """Build the optional C++ library `srm_kernels/_cpu.so` from `csrc/`; pyproject.toml describes the package.
 
-The build needs Linux, a C++ compiler (g++, or the one that CXX names) and the headers of torch in the
-site-packages of this interpreter. If one of these is missing or the compilation fails, the package is built
-without the library, and one line on stderr gives the reason. With SRM_BUILD_EXT=1, the build of the package
-fails instead. SRM_BUILD_EXT=0 skips the build of the library. This file does not import torch, because torch
-is not installed in an isolated build environment.
+The library can be built only on Linux. It needs a C++ compiler (g++, or the one that CXX names) and the headers
+of torch in the site-packages of this interpreter. If the library cannot be built, the package is built without
+it, and one line on stderr gives the reason. With SRM_BUILD_EXT=1, the build of the package fails instead. With
+SRM_BUILD_EXT=0, the library is not built. This file does not import torch, because torch is not installed in an
+isolated build environment.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ class BuildLibrary(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """Return a list with the library as an extension, or print why it is not built and return an empty list."""
+    """Return a list with the library's extension module, or an empty list if the library is not built.
+
+    In the second case, the reason is printed on stderr. With SRM_BUILD_EXT=1, SystemExit is raised instead if the
+    library cannot be built.
+    """
     wanted = os.environ.get("SRM_BUILD_EXT", "")
     reason = "SRM_BUILD_EXT=0" if wanted == "0" else _obstacle()
     if reason is None:

@@ -1,4 +1,4 @@
-"""Benchmarks. README.md in this folder says what each benchmark measures. `results/` holds the committed rows."""
+"""Benchmarks. README.md in this folder says what each benchmark measures. `results/` holds the committed results."""
 
 import os
 

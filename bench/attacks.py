@@ -6,15 +6,14 @@ computed. The throughput is computed from the median time of a call. The time of
 with one thread, and wall-clock time on a CPU with several threads or on a GPU. On a GPU, the clock is read
 when the GPU has finished.
 
-The overhead is the shortest time of the attack divided by the shortest time of the bare passes, minus 1. On a
-GPU, the shortest time is the wall-clock time of the fastest call. On a CPU, other processes disturb some
-steps of every call, so even the fastest call is disturbed. Therefore the CPU time of each step is measured in
-every call, and the shortest time of each step over all calls is taken. The sum of the shortest times of all
-steps is used as the shortest time of a call. An attack also does work once per call, such as drawing the
-random start. The overhead is therefore smaller with more steps.
+The overhead is the shortest time of the attack divided by the shortest time of its bare passes, minus 1. On a GPU, the
+shortest time is the wall-clock time of the fastest call. On a CPU, other processes disturb some steps of every call,
+even of the fastest one. Therefore the CPU time of each step is measured separately. For each step, the shortest time
+over all calls is taken, and the sum of these times is used as the shortest time of a call. An attack also does some
+work only once per call, such as drawing the random start, so the overhead is smaller with more steps.
 
-An attack has 1 restart and, by default, 20 steps; the article uses 5 restarts and 40 steps. On a CPU, glibc is set to
-keep freed memory between calls, as in `srm-iqa attack`.
+In this benchmark, an attack has 1 restart and, by default, 20 steps; the article uses 5 restarts and 40 steps. On a
+CPU, glibc is set to keep freed memory between calls, as in `srm-iqa attack`.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ class Plan(NamedTuple):
     """Function that runs an attack, and the number of passes that the attack needs.
 
     Attributes:
-        attack: Function (model, tick) → result. It calls `tick()` after each step. FGSM has only one step and
-            does not call `tick()`.
+        attack: Function (model, tick) → result. The function calls `tick()` after each step, except in FGSM: its only
+            step is not followed by `tick()`.
         forward: Number of forward passes without gradients.
         backward: Number of pairs of a forward and a backward pass. The backward pass computes the gradient of
             the scores with respect to the images.
-        units: Number of steps, or of queries for the square search.
+        units: Number of steps of the attack. For the square search, it is the number of queries.
     """
 
     attack: Callable[[nn.Module, Tick], object]
@@ -68,7 +67,8 @@ def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
     Args:
         images: Images (B, 3, h, w) in [0, 1].
         mos: Opinion scores (B,).
-        steps: Number of steps, or of queries for the square search.
+        steps: Number of steps of each attack, except of FGSM, which has one step. For the square search, `steps` is
+            the number of queries.
     """
 
     def stepped(call: Callable[..., object], objective: Any) -> Callable[[nn.Module, Tick], object]:
@@ -91,7 +91,7 @@ def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
 
 
 def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[Tick], None]:
-    """Return a function that runs the bare passes of an attack once. `Plan` explains `forward` and `backward`."""
+    """Return a function that runs only the bare passes of an attack: `forward` and `backward` passes (see `Plan`)."""
 
     def run(tick: Tick) -> None:
         for _ in range(backward):
@@ -109,8 +109,8 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 class Timed(NamedTuple):
     """Time of one call in seconds: `whole` for the throughput, and `parts` for the overhead.
 
-    `parts` has the times between successive ticks. The first part begins when the call starts, and the last
-    part ends when the call returns.
+    The measured function calls `tick()` after each step. `parts` has the time from the start to the first `tick()`, the
+    times between successive ticks, and the time from the last tick to the end. On a GPU, `parts` has only `whole`.
     """
 
     whole: float
@@ -118,7 +118,10 @@ class Timed(NamedTuple):
 
 
 def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
-    """Time a call. On a GPU the whole call is one part, because timing each step would synchronise the GPU."""
+    """Time a call and, on a CPU, each of its steps.
+
+    On a GPU, `parts` contains only the time of the whole call, because timing each step would synchronise the GPU.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -140,7 +143,10 @@ def least(calls: list[Timed]) -> float:
 
 
 def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
-    """Time the bare passes and the attack in alternation, `repeats` times after one unmeasured round."""
+    """Time an attack and its bare passes in alternation, `repeats` times after one unmeasured round.
+
+    Bare passes are the forward and backward passes of the attack without its other work.
+    """
     passes = bare(model, images, forward=plan.forward, backward=plan.backward)
     plain, taken = [], []
     for _ in range(1 + repeats):

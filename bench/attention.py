@@ -7,7 +7,7 @@
 - `reference`: Nyström attention in eager PyTorch, with Cholesky as the solver;
 - `svd`: the same as `reference`, with `torch.linalg.svd` as the solver;
 - `torch`: Nyström attention by two calls of torch's fused attention, Y = SDPA(Q, K̃, X) and R V = SDPA(K̃, K, V), with
-  Cholesky as the solver (on a CPU in C++, if this package's C++ library is built);
+  Cholesky as the solver; on a CPU, the solver runs in C++ if this package's C++ library is built;
 - with --compile, also each implementation, including `default`, under `torch.compile`.
 
 All implementations are timed in alternation: each round calls every implementation once. The results are
@@ -127,9 +127,9 @@ def row_of(
 def query_side(options: argparse.Namespace) -> str:
     """Time the query side alone at N_q = 16,384, and compare its memory throughput with the throughput of a copy.
 
-    The copy and the query side are timed in alternation. On a GPU, the host launches the query side while the
-    previous copy is still running, so the measured time includes no launch overhead. The copy also evicts Q
-    from the caches.
+    The query side of Nyström attention and the copy of a large tensor are timed in alternation. On a GPU, the host
+    launches the query side while the previous copy is still running, so the measured time includes no launch
+    overhead. The copy also evicts Q from the caches.
     """
     from srm_kernels.attention import _query_side
 
@@ -162,7 +162,11 @@ def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
 
 
 def kernels(queries: int, keys: int, options: argparse.Namespace) -> str:
-    """List the ten most expensive kernels of one call of `triton`; on a CPU, the operators of one call of `default`."""
+    """List the ten most expensive kernels or operators of one call.
+
+    On a GPU, the implementation `triton` is called and its kernels are listed. On a CPU, the implementation `default`
+    is called and its PyTorch operators are listed.
+    """
     cuda = options.device == "cuda"
     inputs = tokens(queries, keys, options)
     call = rivals(options)["triton" if cuda else "default"]

@@ -2,12 +2,12 @@
 
 All models score the same images: the test split of the dataset, at the image size of the checkpoints. Each model is
 then attacked by `square_mse`, a square attack. The attack needs only scores, no gradients. It uses the same batches and
-random numbers for all models. Before the attack, a linear map is applied to the scores of each model. On the validation
-split, the mapped scores have the same mean and standard deviation as the labels. PLCC is computed after a logistic map,
-which is also fitted on the validation split.
+random numbers for all models. Before the attack, a linear map is applied to the scores of each model. The map is fitted
+on the validation split: there, the mapped scores have the same mean and standard deviation as the labels. PLCC is
+computed after a logistic map, which is also fitted on the validation split.
 
-A row has the clean scores of one model, or the result of one attacked batch. BRISQUE, NIQE or PIQE
-is left out if its package is missing. `bench/README.md` lists the packages.
+A row of the output file has the clean scores of one model, or the result of an attack on one batch. A metric (BRISQUE,
+NIQE or PIQE) is left out if a package that it needs is missing. `bench/README.md` lists the packages.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KEYS = ("kind", "model", "version", "settings", "eps", "batch")
 
 
 class Subject(NamedTuple):
-    """A compared model. `version` is the hash of a checkpoint's weights, or the versions of a metric's packages."""
+    """A checkpoint or a metric. `version` is the hash of the checkpoint's weights, or the metric's package versions."""
 
     name: str
     version: str
@@ -130,7 +130,8 @@ def clean_row(bench: Bench, subject: Subject) -> Row:
 def attacked_row(bench: Bench, subject: Subject, eps: str, number: int) -> Row:
     """Attack one batch of test images and return its row.
 
-    The model must already map its scores to the scale of the labels. `number` is the index of the batch.
+    Call `subject.model.match` first, so that the model's scores are on the scale of the labels. `number` is the index
+    of the batch.
     """
     (attack, *_) = Suite.queries(bench.config).attacks
     job = Job(
@@ -165,7 +166,10 @@ def attacked_row(bench: Bench, subject: Subject, eps: str, number: int) -> Row:
 
 
 def rows(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> Iterator[Row]:
-    """Yield the rows that are not in `known`. All models are attacked on a batch before the next batch starts."""
+    """Yield the rows that are missing from `known` or have an error there.
+
+    All models are attacked on a batch before the next batch starts.
+    """
     done = {key_of(row): row for row in known if "error" not in row}
     ready = []
     for subject in subjects:

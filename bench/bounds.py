@@ -5,7 +5,8 @@ the landmarks K̃ (r, d). Let W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r an
 row sums of exp(K̃K̃ᵀ/√d), and S = D^½ W D^-½ is symmetric. For every set, these `Figures` are computed in fp64:
 
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
-- `certificate`: κ₂(W_λ) divided by its bound ϱ(1 + λ)/λ, where ϱ is the largest row sum divided by the smallest;
+- `certificate`: κ₂(W_λ) divided by its bound ϱ(1 + λ)/λ, where ϱ is the largest diagonal entry of D divided by the
+  smallest;
 - `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, the bound on κ₂(W_λ) for keys of equal norm;
 - `kappa`: κ₂(W_λ);
 - `gain`: max|Y| / max|V|, where Y is the output of Nyström attention with Q = K and random V. Exact attention averages
@@ -33,7 +34,7 @@ NORM_FLOOR = 1e-6
 
 
 class Case(NamedTuple):
-    """Description of a batch of key sets: r, d, λ₀, the family, and the objective of the gradient ascent or None."""
+    """Description of a batch of key sets: r, d, λ₀, the family, and the objective of the ascent (None: no ascent)."""
 
     rank: int
     width: int
@@ -43,7 +44,7 @@ class Case(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Figures of n key sets, each of shape (n,). The docstring of the module defines the figures."""
+    """Results for n key sets: five tensors (n,), with one value per set. The module docstring defines each result."""
 
     symmetric: Tensor
     certificate: Tensor

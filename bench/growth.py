@@ -1,9 +1,10 @@
-"""Measure how attention's cost grows, and the N_k above which Nyström is faster: `python -m bench.growth`.
+"""Measure how attention's cost grows, and when Nyström is faster than exact attention: `python -m bench.growth`.
 
 Each sweep changes one size: N_q, N_k, N (N_q and N_k together), r, d, H or B. The times of a sweep are fitted
 to the power law c·x^p, where x is the size. The crossover table then shows the time of Nyström attention
-divided by the time of exact attention, for several N_k and B. The calls of all implementations at all points
-of a sweep alternate. In the crossover table, only the implementations at the same N_k and B alternate.
+divided by the time of exact attention, for several N_k and B. A sweep is timed in rounds: each round calls every
+implementation once at every size of the sweep. For the crossover table, each pair of N_k and B has its own rounds,
+which call every implementation once.
 """
 
 from __future__ import annotations
@@ -136,7 +137,10 @@ def macs(sizes: Sizes, implementation: str) -> int:
 
 
 def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Call]:
-    """Return a function for exact attention and one for each backend of Nyström attention, with the same inputs."""
+    """Return a dictionary from the name of each implementation to a function without arguments that runs it.
+
+    The implementations are exact attention and each backend of Nyström attention. All functions use the same inputs.
+    """
     gradients = options.direction == "backward"
     shape = (sizes.B, sizes.H)
     inputs = attention_inputs(shape, sizes.N_q, sizes.N_k, sizes.d, options, gradients=gradients)
@@ -157,11 +161,11 @@ def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) ->
 
 
 def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace) -> list[Rows]:
-    """Measure every implementation at every point (a `Sizes`); return a list of rows for each point.
+    """Measure every implementation with the sizes of every point; return a list of rows for each point.
 
     A point has one row for each implementation. If an implementation cannot run with the sizes of the point, its row
-    has an `error` with the reason. The calls of all implementations at all points alternate. A gradual change of the
-    machine's speed therefore affects neither the ratios of times nor the exponents.
+    has an `error` with the reason. Times are measured in rounds: each round calls every implementation once per point.
+    A gradual change of the machine's speed therefore affects neither the ratios of times nor the exponents.
     """
     device, effort = torch.device(options.device), effort_of(options)
     rows: list[dict[str, dict[str, Any]]] = []
@@ -253,8 +257,8 @@ class Surface(NamedTuple):
     Attributes:
         keys: Values of N_k.
         batches: Values of B.
-        share: Dictionary from (N_k, B) to the ratio of the two times, or to None if Nyström attention or exact
-            attention could not run.
+        share: Dictionary from (N_k, B) to the time of Nyström attention divided by the time of exact attention. The
+            value is None if Nyström attention or exact attention could not run.
         implementation: Name of the implementation of Nyström attention.
     """
 
@@ -320,7 +324,11 @@ def guide(surface: Surface) -> str:
 
 
 def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of a table of time ratios by N_k and B. Ratios of 1 or more are marked."""
+    """Return header and lines of the crossover table, with a line for each N_k and a column for each B.
+
+    A cell shows the time of Nyström attention divided by the time of exact attention. If this ratio is 1 or more, the
+    cell also says "(slower)".
+    """
     header = ["N_k", *(f"B = {batch}" for batch in surface.batches)]
     lines = []
     for k in surface.keys:

@@ -45,7 +45,8 @@ class Launches(NamedTuple):
 
     Attributes:
         kernels: Launches of this package's own kernels.
-        products: Launches of matrix products and convolutions of libraries, except the convolutions of the gate.
+        products: Launches of library kernels for matrix products and convolutions, except the convolutions of the
+            gate.
         others: All other launches.
         gate: Launches of the convolutions of the gate.
     """
@@ -114,9 +115,9 @@ def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = No
 def _add(event: Any, found: Launches, gate: bool) -> bool:
     """Count the launches of an event of the profile; return whether anything was counted.
 
-    Each own kernel, and each operator in `PRODUCTS` or `WHOLE`, counts as one launch. For any other event, the events
-    inside it are counted. If these events launch nothing, and the event is an operator of PyTorch that is not in
-    `NOTHING`, the event itself counts as one launch.
+    Each kernel of this package, and each operator in `PRODUCTS` or `WHOLE`, counts as one launch. For any other event,
+    the launches of the events inside it are counted. If the events inside it launch nothing, and the event is an
+    operator of PyTorch that is not in `NOTHING`, the event itself counts as one launch.
     """
     name = event.name
     if name.startswith(OWN):
@@ -167,7 +168,10 @@ def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, 
 
 
 def main() -> None:
-    """Print the launches for the default links: with DyT and without DyT, in fp32 and under autocast."""
+    """Print the number of launches of a forward pass, with and without DyT, each in fp32 and under autocast.
+
+    The neck has the default links.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         raise SystemExit(subprocess.call([sys.executable, "-m", "bench.launches"], env=environment))

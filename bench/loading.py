@@ -1,9 +1,10 @@
 """Measure the time of each step of loading an image: `python -m bench.loading IMAGES`.
 
-The steps are decoding, decoding with resizing, reading the resized image from the image cache, augmentation
-and conversion to float32. The first images of the folder IMAGES are loaded as in training. Times are CPU time
-in milliseconds per image, for one worker. Each step is timed in several passes over the images. The shortest
-time is reported, because other processes affect it least.
+The images are the first `--most` files of the folder IMAGES, and are loaded as in training. These steps are
+timed separately: decoding an image, decoding and resizing it, reading the resized image from the image cache,
+random cropping and mirroring, and conversion to float32. Times are CPU time in milliseconds per image, for one
+worker. Each step is timed in several passes over the images. The shortest time is reported, because other
+processes affect it least.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
     """Return a dictionary from the name of each loading step to its function.
 
-    Each call of a step's function processes all images once. `folder` is the folder of the image cache.
+    The functions take no arguments. Each call runs the step once for every image in `paths`. The step "the same
+    from a cache" reads the image cache, which is stored in `folder`.
     """
     cache = ImageCache(folder, 1 << 34)
     resized = [cache.get(path, size) for path in paths]

@@ -4,12 +4,12 @@ The results are the outputs, losses and buffers of the neck, and all gradients. 
 reference neck in fp64. The error of a result is the largest error of its entries. The error may be at most the
 sum of two terms:
 
-- twice the error of the reference neck in the precision of the fused neck;
-- 64 eps in fp32, or 2 eps in a reduced precision, times the largest entry of the result.
+- twice the error of the reference neck when it runs in the precision of the fused neck;
+- the largest entry of the result, times 64 eps in fp32 or 2 eps in a reduced precision.
 
 Some gradients are small differences of larger numbers. Their rounding errors are proportional to the larger
-numbers. For these gradients, the second term therefore uses the largest entry of several gradients instead of
-the largest entry of the result:
+numbers. For these gradients, the second term of the bound therefore uses another number in place of the
+largest entry of the result:
 
 - for the gradient of a bias, the largest entry of all gradients;
 - for the gradient of any other parameter of the gate, the largest entry of all gradients of the gate. The
@@ -121,7 +121,8 @@ def ratios(
         neck: Reference neck.
         pyramid: Maps (B, C_i, h, w) in fp32.
         dtype: Dtype of autocast, or None for fp32.
-        run: Function that runs the training step of the neck with the backend "triton".
+        run: Function that runs the training step. It is called with a copy of the neck that has the backend
+            "triton", and with `pyramid`.
 
     Raises:
         AssertionError: The kernels and the reference neck return results with different names.

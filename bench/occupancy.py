@@ -91,7 +91,7 @@ def _up(value: int, unit: int) -> int:
 
 
 def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the lines of a table of the resources and the theoretical occupancy of kernels.
+    """Return the header and the lines of a table that shows the resources and theoretical occupancy of kernels.
 
     If a kernel needs the same resources for several shapes, these shapes share one line of the table. The line shows
     the first shape.

@@ -1,6 +1,7 @@
-"""Prepare every operator for timing with inputs of several sizes, and check its results for the same inputs.
+"""Make inputs of several sizes for every operator, so that it can be timed, and check its results on these inputs.
 
-This module imports only torch and `srm_kernels`, because `bench.worker` uses it to time other checkouts.
+`bench.worker` uses this module with the `srm_kernels` of another checkout, to time its operators. Therefore this module
+imports only torch and `srm_kernels`.
 """
 
 from __future__ import annotations
@@ -85,12 +86,15 @@ def _systems(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw the maps of three stages, pooled to 8 × 8, and the logits of the gate."""
+    """Return random maps of three stages, pooled to 8 × 8, and random logits of the gate."""
     return _normal(make, (family.batch, 3, family.heads * family.d, 8, 8), (family.batch, 3))
 
 
 def _gate_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw the output and the bias of a convolution of the gate, and the weight and the bias of a readout."""
+    """Return random inputs of `biased_gelu` and `gate_logits`.
+
+    They are the output and the bias of a convolution, and the weight and the bias of the stage's linear layer.
+    """
     C = max(family.heads * family.d // 4, 1)
     return _normal(make, (family.batch, C, 8, 8), (C,), (1, C), (1,))
 
@@ -107,7 +111,7 @@ def _first_keys(key: Tensor, rank: int) -> Tensor:
 
 
 def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw F, A, a (the bias of A), W_Q and X of one link."""
+    """Return random values for F, A, a (the bias of A), W_Q and X of one link."""
     C, width, side = family.heads * family.d, 64, round(family.queries**0.5)
     made = _normal(make, (family.batch, width, side, side), (C, width), (C,), (C, C))
     made[1] /= width**0.5
@@ -116,14 +120,14 @@ def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw T of a source, then W_K of two links, then W_V of the same two links."""
+    """Return random values for T of a source, then W_K of two links, then W_V of the same two links."""
     C = family.heads * family.d
     tokens, *weights = _normal(make, (family.batch, family.keys, C), *[(C, C)] * 4)
     return [tokens, *(weight / C**0.5 for weight in weights)]
 
 
 def _merge_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw P̄, pool(F), X, A, a (the bias of A), W_O, β and θ of one link."""
+    """Return random values for P̄, pool(F), X, A, a (the bias of A), W_O, β and θ of one link."""
     B, H, r, d = family.batch, family.heads, family.rank, family.d
     C, width, cells = H * d, 64, 64
     weights = ((C, width), (C,), (C, C), (1,), (H,))
@@ -294,8 +298,9 @@ class Timed:
         Each result is compared with the result of the backend "reference" in float64. The relative error is the norm of
         the difference, divided by the norm of the float64 result. The largest accepted error is twice the error of the
         backend "reference" in the dtype of the inputs, plus 8 eps of the dtype of the result. The second term is needed
-        because the error of the backend "reference" can be zero by chance. The indices from `select_landmarks` have no
-        such error, so `_verify_landmarks` checks the scores of the chosen keys instead.
+        because the error of the backend "reference" can be zero by chance. The result of `select_landmarks` has no
+        relative error, because it consists of indices. `_verify_landmarks` therefore checks the scores of the chosen
+        keys instead.
 
         Raises:
             NumericsError: An error is larger than accepted.

@@ -1,4 +1,4 @@
-"""Correlate metrics of distorted Kodak photographs with the opinions of TID2013: `python -m bench.opinions`.
+"""Correlate metrics of distorted Kodak photographs with mean opinion scores (MOS): `python -m bench.opinions`.
 
 The photographs are distorted by the same functions as in `srm-iqa data synthesize --opinions`. Three
 full-reference metrics of piq score the distorted images: VSI, FSIM and SSIM. FSIM and SSIM are computed on
@@ -88,7 +88,7 @@ def _batch(images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
 
 
 def correlation(chosen: Sequence[Row], metric: str) -> float:
-    """Return Spearman's correlation of a metric with the opinions."""
+    """Return Spearman's correlation of a metric with the mean opinion scores."""
     return srocc([x for row in chosen for x in row[metric]], [x for row in chosen for x in row["mos"]])
 
 

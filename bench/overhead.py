@@ -1,19 +1,20 @@
 """Measure host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of every launch, as on a GPU. No GPU is
-needed, because a fake driver reports one, and stubs replace the compiled kernels. The measured host time of a
-launch is therefore that of a launch on a GPU, without the time of the C launcher and the CUDA driver (2 to 4 µs
-per launch). The measured time of PyTorch's own operations differs from their host time on a GPU: here, the CPU
-computes these operations, on small maps, but with a GPU, the CPU would only launch them.
+No GPU is needed: a fake driver pretends that there is one, and stubs replace the compiled kernels. Every launch
+still goes through Triton's own `JITFunction.run`, which binds and specialises the arguments as on a GPU. The
+measured host time of a launch is therefore its host time on a GPU, minus the time of the C launcher and the CUDA
+driver (2 to 4 µs per launch). For PyTorch's own operations, the measured time is not their host time on a GPU:
+here, the CPU computes these operations, on small maps, but with a GPU, the CPU would only launch them.
 
-A pass is a forward pass or a training step. Its CPU time on one thread, in µs, has three parts:
+A pass is a forward pass or a training step. The CPU time of a pass on one thread, in µs, has three parts:
 
-- `triton`: inside `JITFunction.run`;
-- `library`: inside the matrix products, convolutions and casts that the neck itself calls;
-- `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd
+- `triton`: time inside `JITFunction.run`;
+- `library`: time inside the matrix products, convolutions and casts that the neck itself calls;
+- `package`: the rest of the time. Examples are this package's Python code, the dispatch of its operators, autograd
   (including the backward pass of the convolutions), views and allocations.
 
-The neck is narrow (C = 16), because host time depends on the links of the neck and not on its width.
+A narrow neck (C = 16) is sufficient for these measurements, because the host time depends on the links of the neck,
+not on its width.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class _Driver:
 
 
 def _stub(clock: Clock) -> Callable[..., Any]:
-    """Return a replacement for Triton's compilation. Launches of the resulting kernels do nothing."""
+    """Return a replacement for `JITFunction._do_compile` that makes kernels whose launches compute nothing."""
 
     def compiled(self: Any, key: str, *_: Any) -> Any:
         name = self.fn.__name__.strip("_")
@@ -105,7 +106,7 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Make kernel launches in the `with` block accept CPU tensors and run stubs instead of the kernels.
+    """Replace kernels by stubs in the `with` block, so that launches accept CPU tensors and need no GPU.
 
     Apart from the stubs, a launch runs the same host code as on a GPU with the compute capability `CAPABILITY`.
     """
@@ -170,7 +171,7 @@ def measured(call: Call, clock: Clock, repeats: int) -> dict[str, Any]:
 
 
 def calibration() -> dict[str, float]:
-    """Return the CPU time in µs of a Python call and of an allocation, for comparing rows of two machines."""
+    """Return the CPU time in µs of a Python call and of an allocation, to compare the speed of machines."""
 
     def least(call: Call, count: int = 2000) -> float:
         found = []
@@ -187,11 +188,11 @@ def calibration() -> dict[str, float]:
 def counted(call: Call) -> dict[str, int]:
     """Count the kernel launches of a pass, and how often the pass calls operators of this package.
 
-    Launches are counted in three groups: the package's own kernels, matrix products and convolutions of
-    libraries, and all others. The method is that of `bench.launches`, but the convolutions of the gate are
-    not a separate group: they are counted in the second group. For a training step, the launches of the
-    backward pass are included. The backward pass of a convolution counts as one launch, although a GPU needs
-    two or more.
+    Launches are counted in three groups: (1) the package's own kernels; (2) matrix products and convolutions
+    of libraries; (3) all other launches. The method is that of `bench.launches`, but the convolutions of the
+    gate are not a separate group: they are counted in group 2. For a training step, the launches of the
+    backward pass are included. The backward pass of a convolution counts as one launch, although it needs two
+    or more launches on a GPU.
     """
     found = count_launches(call)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

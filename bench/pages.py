@@ -66,12 +66,12 @@ def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
 
 
 def share(time: float, rival: float) -> str:
-    """Return a time divided by a rival's time as text, with "(slower)" if the ratio is at least 1."""
+    """Return the ratio `time` / `rival` as text, followed by "(slower)" if the ratio is at least 1."""
     return f"{number(time / rival)}{' (slower)' if time >= rival else ''}"
 
 
 def attention(folder: Path) -> str:
-    """Return a table of Nyström time / exact time, for the default backend and for `reference`."""
+    """Return a table of the ratio Nyström time / exact time, for the default backend and for `reference`."""
     rows = rows_of(folder, "attention", ("N_q", "N_k", "B", "H", "r", "d", "dtype", "direction"))
     lines = []
     for row in rows:
@@ -131,7 +131,7 @@ def time(folder: Path) -> str:
 
 
 def backward(folder: Path) -> str:
-    """Return a table of `srm` time / `quadratic` time for the forward and backward pass of the neck."""
+    """Return a table of the ratio `srm` time / `quadratic` time for one forward and backward pass of the neck."""
     values: dict[int, list[float]] = {}
     for _, side, cells in _shares(folder, "backward"):
         values.setdefault(int(side), []).append(float(cells[1]))
@@ -175,9 +175,11 @@ def grown(folder: Path) -> str:
 
 
 def crossover(folder: Path) -> str:
-    """Return a table of Nyström time / exact time for each N_k, and the N_k above which Nyström is faster.
+    """Return a table of the ratio Nyström time / exact time, and the N_k below which exact attention is faster.
 
-    A cell of the table has the range of the ratio Nyström time / exact time over all batch sizes B.
+    The table has a row for each N_k and a column for each implementation of Nyström attention. Each cell shows the
+    smallest and the largest ratio among the measured batch sizes. Below the table, each
+    implementation has a sentence with the N_k below which exact attention is faster.
     """
     surfaces = growth.surfaces(rows_of(folder, "crossover", POINT))
     lines = []

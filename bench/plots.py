@@ -1,7 +1,7 @@
 """Draw results, mostly on logarithmic axes with units.
 
-The pictures are readable without colour: lines also differ by dash pattern and marker, and the segments of
-bars by shade and hatching.
+The figures are readable without colour: lines differ in dash pattern and marker, and the segments of a bar differ in
+shade and hatching.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def lines(
     y_label: str,
     slopes: Sequence[float] = (),
 ) -> Figure:
-    """Draw lines with markers on two logarithmic axes, and a faint line for each power law in `slopes`."""
+    """Draw lines with markers on two logarithmic axes.
+
+    For each exponent p in `slopes` (at most two), a grey dashed line shows the power law y ∝ x^p.
+    """
     with _axes(title, note, x_label, y_label) as (figure, axes):
         for i, line in enumerate(series):
             axes.plot(*zip(*sorted(line.points), strict=True), **look(i), label=line.name)
@@ -74,12 +77,13 @@ def lines(
 
 
 def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> Figure:
-    """Draw a roofline plot, with the roof computed from the measured bandwidth and rate.
+    """Draw a roofline plot, with the roof computed from the measured memory bandwidth and throughput.
 
     Args:
-        series: Lines of points (MACs per byte, MACs per second). The points of a line are joined in the given order.
+        series: Lines to draw. Each point of a line is a pair (MACs per byte, MACs per second). The points of a line are
+            joined in the given order.
         bandwidth: Measured memory bandwidth in bytes per second.
-        rate: Measured rate of matrix products in MACs per second.
+        rate: Measured throughput of matrix products in MACs per second.
         title: Title.
         note: Text below the title.
     """
@@ -134,7 +138,8 @@ def surface(
 ) -> Figure:
     """Draw ratios as a grid of numbers.
 
-    Larger ratios have a darker background. Thick lines separate ratios below 1 from ratios of 1 or more.
+    The larger the ratio in a cell, the darker is the background of the cell. Thick lines separate the cells with a
+    ratio below 1 from the cells with a ratio of 1 or more.
     """
     logs = np.log(np.array(values, dtype=float))
     most = max(float(np.nanmax(np.abs(logs), initial=0)), math.log(2))

@@ -1,8 +1,8 @@
 """Write results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVGs there.
 
 Every table and picture shows results of one machine, one set of versions and one commit. If the rows of a
-file are from different machines, versions or commits, the report fails. With `--latest`, the report uses only
-the rows with the same machine, versions and commit as the last row of their file.
+file are from different machines, versions or commits, the report fails. With `--latest`, the report uses from each
+file only the rows with the same machine, versions and commit as the last row of the file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
     Args:
         folder: Folder with at least one of the files `neck.jsonl`, `growth.jsonl`, `crossover.jsonl` and
             `resources.jsonl`.
-        last: Whether to use only rows with the same machine, versions and commit as the last row of their file.
+        last: Whether to use from each file only the rows with the same machine, versions and commit as the last row of
+            the file.
 
     Returns:
         The paths of the written files, `report.md` first.
@@ -103,7 +104,10 @@ def neck_section(rows: Rows) -> Section:
 
 
 def growth_section(rows: Rows) -> Section:
-    """Return the section on growth: tables of the fitted exponents, and a picture of the times of each sweep."""
+    """Return the section on the growth of the time with a size, such as the number of tokens.
+
+    The section has tables of the fitted exponents, and for each sweep a picture of the time against the size.
+    """
     pictures = []
     good = [row for row in rows if not row["error"]]
     for (dtype, direction, variable), points in _grouped(good, "dtype", "direction", "variable"):
@@ -249,7 +253,10 @@ def _against_resolution(rows: Rows) -> list[Picture]:
 
 
 def _of_like_size(series: list[plots.Line]) -> tuple[list[plots.Line], list[str]]:
-    """Return the lines that reach a tenth of the largest value, and the names of the other lines."""
+    """Return the lines of a plot that are large enough to be drawn together, and the names of the other lines.
+
+    A line is large enough if its maximum is at least a tenth of the largest maximum of all lines.
+    """
     tops = {line.name: max(value for _, value in line.points) for line in series}
     small = [name for name, top in tops.items() if top < max(tops.values()) / 10]
     return [line for line in series if line.name not in small], small

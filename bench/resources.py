@@ -53,7 +53,7 @@ class Resources(NamedTuple):
 
 @contextmanager
 def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Record the launches in the `with` block instead of running them, as if on a device of this compute capability."""
+    """Record the launches in the `with` block for a GPU of this compute capability, without running them."""
     from triton.runtime.jit import JITFunction
 
     from srm_kernels import devices
@@ -75,9 +75,9 @@ class Source(NamedTuple):
     """Input of Triton's compiler.
 
     `signature` has the type of each argument by name. `constants` has the values that are known at compile
-    time, and `attributes` has the known divisibility of integers and pointers. The keys of both are positions:
-    (2,) is argument 2, and (2, 0) is the first entry of argument 2 if this argument is a tuple. `options` has
-    the launch options.
+    time, and `attributes` has the known divisibility of integers and pointers. The keys of `constants` and
+    `attributes` are positions of arguments: (2,) is argument 2, and (2, 0) is the first entry of argument 2 if
+    this argument is a tuple. `options` has the launch options.
     """
 
     signature: dict[str, Any]
@@ -133,7 +133,11 @@ def _code(source: str) -> str:
 
 
 def sources(kernel: Any, found: dict[str, str] | None = None) -> dict[str, str]:
-    """Return the code of a kernel and of all functions it calls, and the constants they read, by qualified name."""
+    """Return the code and the constants that a kernel is compiled from, by qualified name.
+
+    The result has the code of the kernel, the code of all functions that it calls, and the values of the global
+    constants that this code reads.
+    """
     from triton.language import constexpr
     from triton.runtime.jit import JITCallable
 
@@ -245,7 +249,7 @@ def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[d
 
 
 class Table:
-    """The rows of a file. Known resources are read from the file; new rows are appended immediately.
+    """Rows of resources in a file: rows already in the file are read first, and each new row is appended immediately.
 
     Attributes:
         known: Resources by digest.

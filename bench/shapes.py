@@ -131,8 +131,8 @@ CHOICES = (
 def attention(case: Case) -> None:
     """Launch Nyström attention.
 
-    If the method is "pivoted_cholesky" and the dtype is bfloat16 or float16, also launch two separate operators:
-    `ridge_leverage_scores`, and `select_landmarks` with every method that has kernels.
+    For a case with the method "pivoted_cholesky" and the dtype bfloat16 or float16, also launch the kernels of two
+    standalone operators: `ridge_leverage_scores`, and `select_landmarks` with every method that has kernels.
     """
     from srm_kernels.attention import key_kernels, query_kernels
     from srm_kernels.conditioning import kernels as conditioning

@@ -1,8 +1,8 @@
 """Run every kernel of attention, forward and backward, on small shapes: `python -m bench.small_run`.
 
 The sizes N_q, N_k, r and d are not multiples of 16, so tiles are only partly filled. `bench/gpu.sh` runs this command
-first alone, and then under two tools of compute-sanitizer, memcheck and racecheck. The test suite does not run under
-these tools: under racecheck, a launch takes a second or more, so the test suite would take hours.
+three times: first alone, then under the tool memcheck of compute-sanitizer, and then under its tool racecheck. The test
+suite does not run under these tools: under racecheck, a launch takes a second or more, so the suite would take hours.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Measure training steps, and the share of time spent waiting for data: `python -m bench.training`.
 
 For each backbone, the command builds a model for every neck and backend in one process. It times one step of
-each model in turn, so changes of the machine's speed affect all models equally. The table also has the speed
-of each model relative to the first model of the backbone. On a busy machine, only this ratio is meaningful. A
-training step consists of the forward pass under autocast, the losses, the backward pass, gradient clipping
-and AdamW. Peak memory is measured on a GPU only. It excludes memory that is allocated before the step, such
-as the weights and the optimiser state.
+each model in turn, so changes of the machine's speed affect all models equally. The table also has the ratio
+of each model's speed to the speed of the model with the first neck and backend. On a busy machine, only this
+ratio is meaningful. A training step consists of the forward pass under autocast, the losses, the backward
+pass, gradient clipping and AdamW. Peak memory is measured on a GPU only. It excludes memory that is allocated
+before the step, such as the weights and the optimiser state.
 
-The share of time spent waiting for data is measured twice with the first model of each backbone: with JPEG
-files that are decoded at each step, and with images from a cache.
+The share of time spent waiting for data is measured for each backbone with its first neck and backend only. It is
+measured twice: with JPEG files that are decoded at each step, and with decoded images from a cache.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def compare(found: list[Case], options: argparse.Namespace) -> Rows:
 def data_shares(case: Case, options: argparse.Namespace) -> Rows:
     """Return two rows with the share of the training time that is spent waiting for images.
 
-    In the first row, JPEG files are decoded at each step. In the second row, images come from a cache.
+    The first row is measured with JPEG files that are decoded at each step, and the second row with decoded images from
+    a cache.
     """
     side = options.image_size
     rng = np.random.default_rng(0)

@@ -77,7 +77,7 @@ def call_of(trial: Trial, options: argparse.Namespace) -> Call:
 
 
 def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
-    """Raise SystemExit if the device is unusable in this process: later trials would fail for the same reason."""
+    """Raise SystemExit if a failed trial has left the device unusable, because all later trials would then fail."""
     if options.device == "cpu":
         return
     try:

@@ -50,7 +50,11 @@ def prepared(request: dict[str, Any]) -> Callable[[], float]:
 
 
 def serve(checkout: str) -> None:
-    """Answer requests until stdin ends: a JSON object prepares an operator, an empty line measures it once."""
+    """Answer requests, one per line of stdin, until stdin ends.
+
+    A line with a JSON object requests that an operator is prepared. An empty line requests one measurement of the
+    prepared operator.
+    """
     import srm_kernels
 
     if Path(checkout).resolve() not in Path(srm_kernels.__file__).resolve().parents:

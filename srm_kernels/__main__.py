@@ -1,6 +1,7 @@
 """Command line: `python -m srm_kernels` lists the backends and the verdict about each GPU.
 
-The command `verify` measures the kernels on a GPU. The command `env` prints data for a bug report.
+The command `verify` checks the results of the kernels on a GPU and measures their times. The command `env`
+prints data for a bug report.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def _backends() -> list[str]:
 
 
 def _verdicts() -> list[str]:
-    """Return one line per CUDA device: the verdicts, and for how many operators and dtypes kernels are used."""
+    """Return a line for each CUDA device: its verdicts, and how many pairs (operator, dtype) use Triton kernels.
+
+    A verdict is the result of `verify` on a GPU. If there is no CUDA device, the only line says that
+    `backend=None` uses plain PyTorch.
+    """
     if not torch.cuda.is_available():
         return ["no CUDA device: `backend=None` uses plain PyTorch"]
     return [f"cuda:{i}: {choice.sentence(choice.table(i))}" for i in range(torch.cuda.device_count())]

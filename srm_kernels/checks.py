@@ -1,4 +1,4 @@
-"""Argument checks that several operators share, and functions that query the state of torch."""
+"""Check the arguments of operators, and detect whether torch.func, make_fx or torch.export is active."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ RENAMED = {"sdpa": "torch"}  # backend names of the last release, which this rel
 def current_name(backend: Any) -> Any:
     """Return the current name of a backend.
 
-    An old name, which the last release used, is still accepted. It causes a FutureWarning, once per process.
+    The keys of `RENAMED` are names from the previous release. Such a name is still accepted, but it causes a
+    FutureWarning when it is first used in a process.
     """
     if not isinstance(backend, str) or backend not in RENAMED:
         return backend

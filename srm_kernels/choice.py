@@ -1,11 +1,12 @@
 """Choose the implementation for `backend=None` on a device that was verified.
 
-A verdict contains the results of `python -m srm_kernels verify` for a device (see `verdicts.py`). The chosen
-implementation is the fastest one with correct results. Each process reads the verdict of a device once.
+A verdict contains the results of `python -m srm_kernels verify` for a device (see `verdicts.py`). Among the
+implementations whose results are correct by the verdict, `backend=None` uses the fastest one. Each process reads the
+verdict of a device once.
 
-The choice depends on the operator, the dtype and the size classes (see `class_of`). It does not depend on the batch
-size or the number of heads, so a sample uses the same implementation alone and in any batch. Training and evaluation
-use the same implementation.
+The chosen implementation depends on the operator, the dtype and the size classes (see `class_of`). It does not depend
+on the batch size or the number of heads, so a sample uses the same implementation in a batch of any size. Training and
+evaluation use the same implementation.
 
 Under torch.compile, the choice is made during tracing; it depends on the same size classes as in eager mode.
 Verdicts are used neither under torch.func nor in forward-mode differentiation. They are not used under
@@ -68,14 +69,20 @@ class Explanation(NamedTuple):
 
 
 class Question:
-    """A value of `backend=` for which the operator raises `Answer` instead of running."""
+    """A value of the argument `backend` that makes an operator raise `Answer` instead of running.
+
+    `explain` passes a `Question` to find out which implementation the operator would use.
+    """
 
     def __init__(self, requested: str | None = None) -> None:
         self.requested = requested
 
 
 class Answer(Exception):  # noqa: N818 - not an error
-    """The exception that an operator raises for a `Question`; it contains the explanation of the choice."""
+    """The exception that an operator raises if its argument `backend` is a `Question`.
+
+    The exception contains the explanation of the chosen implementation.
+    """
 
     def __init__(self, explanation: Explanation) -> None:
         super().__init__(str(explanation))
@@ -101,7 +108,10 @@ class Table:
         self.groups, self.reason, self.unfinished = groups, reason, unfinished
 
     def nearest(self, group: Group, classes: Sequence[int]) -> list[Row]:
-        """Return a group's rows for the measured shapes whose size classes are nearest to `classes`."""
+        """Return the rows of a group that were measured at the shapes whose size classes are nearest to `classes`.
+
+        The distance between two shapes is the sum of the absolute differences of their size classes.
+        """
 
         def distance(row: Row) -> int:
             pairs = zip(map(class_of, row["sizes"]), classes, strict=True)
@@ -137,7 +147,11 @@ class Table:
 
 
 def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the times of all rows as a dictionary: shape → direction → implementation → milliseconds."""
+    """Return the measured times in the rows of a verdict, as nested dictionaries.
+
+    The dictionaries have the form of `Explanation.milliseconds`: shape → direction ("forward" or "backward") →
+    implementation → time in milliseconds.
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         for direction, times in row["milliseconds"].items():
@@ -148,8 +162,8 @@ def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
 def class_of(size: int) -> int:
     """Return the index of the class of a size.
 
-    The function only compares the size with bounds. For a symbolic size, torch.compile therefore adds a guard on the
-    class, and not on the size itself.
+    The class is found by comparing the size with each number in `BOUNDS`. For a symbolic size, torch.compile therefore
+    adds guards on these comparisons and not on the exact size: another size of the same class needs no recompilation.
     """
     number = 0
     for bound in BOUNDS:
@@ -172,7 +186,10 @@ def refresh() -> None:
 
 @contextmanager
 def pretended(key: Key) -> Iterator[None]:
-    """Treat CPU tensors as tensors on the device that `key` describes. Emulators and Triton's interpreter need this."""
+    """Treat CPU tensors as tensors on the device that `key` describes.
+
+    Emulators and Triton's interpreter run kernels on CPU tensors, so tests with them use this context manager.
+    """
     global _pretended
     before, _pretended = _pretended, key
     refresh()
@@ -206,17 +223,18 @@ def keep(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...], cho
 def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal: Refusal) -> str | None:
     """Return the implementation that the device's verdict selects for a call, or None.
 
-    The result is None without a verdict, under torch.func and torch.export, in forward-mode differentiation,
-    and if no implementation that the verdict allows can run the call.
+    The result is None if there is no verdict, or if none of the correct implementations in the verdict can run the
+    call. It is also None under torch.func and torch.export, and in forward-mode differentiation.
 
     Args:
         tensor: A tensor with the device and the dtype of the call.
         operator: Name of the operator.
         variant: Name of the variant of the operator, for example "lu, equilibrated". The variants of an
             operator are measured separately. The name is empty if the operator has no variants.
-        sizes: Function that returns the sizes on which the choice depends. They do not include batch and heads.
-        refusal: Function of an implementation's name. It returns why this implementation cannot run the call, or None
-            if it can.
+        sizes: Function without arguments that returns the sizes on which the choice depends. The batch size and the
+            number of heads are not among them.
+        refusal: Function that takes the name of an implementation. It returns the reason why this implementation cannot
+            run the call, or None if it can run the call.
     """
     index = tensor.get_device() if tensor.is_cuda else CPU
     if (index == CPU and _pretended is None) or transforming():
@@ -250,7 +268,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def table(index: int) -> Table:
-    """Return the table of a CUDA device, or of the device that `pretended` assigns to CPU tensors."""
+    """Return the verdicts of a CUDA device as a `Table`.
+
+    The verdicts are read from disk on the first call, and then cached.
+
+    Args:
+        index: Index of the CUDA device. `CPU` returns the verdicts of the device that `pretended` describes.
+    """
     if index not in _tables:
         _tables[index] = _read(index)
     return _tables[index]
@@ -286,7 +310,12 @@ def _read(index: int) -> Table:
 
 
 def sentence(found: Table) -> str:
-    """Return a sentence that names a device's verdicts and counts the (operator, dtype) pairs that use kernels."""
+    """Return a sentence that summarises the verdicts of a device.
+
+    For each verdict, the sentence has its origin, the dates of its measurements, and the number of (operator, dtype)
+    pairs that use Triton kernels for at least one measured shape. If no verdict applies to the device, the sentence
+    gives the reason.
+    """
     if not found.groups:
         return f"no verdict: {found.reason}"
     parts = []
@@ -299,7 +328,10 @@ def sentence(found: Table) -> str:
 
 
 def _by_origin(found: Table) -> dict[str, list[Group]]:
-    """Return a dictionary: text with the origin and the dates of a verdict → groups for which this verdict is used."""
+    """Return a dictionary from a description of each verdict to the groups for which this verdict is used.
+
+    The description has the origin of the verdict and the dates of its measurements.
+    """
     groups: dict[str, list[Group]] = {}
     for group, (verdict, _) in found.groups.items():
         groups.setdefault(verdict.origin, []).append(group)
@@ -311,7 +343,7 @@ def _by_origin(found: Table) -> dict[str, list[Group]]:
 
 
 def ran(device: torch.device, requested: str | None, found: Mapping[str, Collection[str]]) -> str:
-    """Return a sentence: which implementations ran on a device, and which verdict or setting selected them.
+    """Return a sentence that says which implementations ran on a device, and which verdict or setting selected them.
 
     Args:
         device: The device of the operators.
@@ -390,7 +422,8 @@ def explain(operator: str, *tensors: Any, **options: Any) -> Explanation:
         **options: Keyword arguments of the operator. `backend` is None or a name of `backends()`.
 
     Returns:
-        The implementation, why the call uses it, and the measurements on which this choice is based.
+        An `Explanation`. It has the implementation that the call uses, the reason, and the measurements on which the
+        choice is based.
 
     Raises:
         ValueError: There is no such operator, or the operator does not accept a shape, device or value.

@@ -51,7 +51,7 @@ def interpreting() -> bool:
 
 
 class LaunchDevice(NamedTuple):
-    """The target of Triton kernels: compute capability, and bytes of shared memory that a thread block can use."""
+    """A GPU for Triton kernels: its compute capability, and the bytes of shared memory that a thread block can use."""
 
     capability: tuple[int, int]
     shared_memory: int
@@ -67,7 +67,11 @@ def cpu_launch_device() -> LaunchDevice | None:
 
 
 def launch_device(tensor: Tensor) -> LaunchDevice:
-    """Return the target of Triton kernels that process this tensor; a meta tensor counts as a CPU tensor."""
+    """Return the GPU whose properties determine the launches of Triton kernels on this tensor.
+
+    For a tensor that is not on a GPU, such as a CPU tensor or a meta tensor, this is the GPU that `cpu_launch_device`
+    returns. If `cpu_launch_device` returns None, it is a GPU with compute capability 8.9 and unlimited shared memory.
+    """
     if tensor.is_cuda:
         properties = torch.cuda.get_device_properties(tensor.device)
         shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
@@ -101,7 +105,7 @@ def _copies_are_fenced() -> bool:
 
 
 def register_limit(registers: int | None = MOST_REGISTERS) -> dict[str, int]:
-    """Return the launch option that limits the registers of a thread, or no option if `registers` is None.
+    """Return a dict with the launch option that limits the registers per thread; it is empty if `registers` is None.
 
     Triton has this option for NVIDIA GPUs only.
     """

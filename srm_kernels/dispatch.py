@@ -47,8 +47,7 @@ def backends() -> dict[str, BackendStatus]:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
-    Instead of the tensor `key`, the first argument of `function` can be an object that has this tensor as its
-    attribute `key`.
+    The first argument of `function` is either the tensor `key`, or an object whose attribute `key` is this tensor.
 
     One thread is faster, because `function` runs many small steps: several threads would wait for each other
     after each step, and on a busy machine this waiting takes far longer than the steps. The number of threads

@@ -80,7 +80,8 @@ def _project_op(tokens: Shape, key_weights: Sequence[Shape], *_: Any) -> int:
 def _pooled_op(*args: Any) -> int:
     """Count the multiply-accumulates of T, Q and the logits at every position.
 
-    Some backends fold consecutive products into one, and compute fewer multiply-accumulates than this number.
+    Some backends compute fewer multiply-accumulates than the returned number, because they fold consecutive products
+    into one.
     """
     given = dict(zip(QuerySides.NAMES, args, strict=False))
     total = 0

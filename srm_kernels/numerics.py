@@ -1,8 +1,8 @@
 """The numerics rule: the largest error that the result of a kernel may have.
 
-The exact result is computed in fp64 from the definition in docs/METHOD.md. The magnitude of a tensor is one
-number that measures its size, as defined below. The error of a result is the magnitude of its difference from
-the exact result. A unit of a dtype is the machine epsilon of the dtype times the magnitude of the exact
+The exact result is computed in fp64 from the definition in docs/METHOD.md. The magnitude of a tensor is one number that
+says how large the values of the tensor are; it is defined below. The error of a result is the magnitude of its
+difference from the exact result. A unit of a dtype is the machine epsilon of the dtype times the magnitude of the exact
 result. The error of a kernel must be at most the sum of three terms:
 
 - twice the error that plain PyTorch has with the same dtype and with intermediate results in fp32;
@@ -12,9 +12,9 @@ result. The error of a kernel must be at most the sum of three terms:
 The magnitude has two definitions: the largest absolute value of the tensor, and the mean absolute value of
 the tensor. The rule must hold with each definition.
 
-If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The sum
-of the three terms would then be too small. If the error of plain PyTorch for a single number is below half a unit of
-the dtype, the rule therefore uses half a unit in place of this error.
+If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The
+bound, which is the sum of the three terms above, would then be too small. If the error of plain PyTorch for a single
+number is below half a unit of the dtype, the rule therefore uses half a unit in place of this error.
 
 Some gradients have few elements, and each element is a sum Σ tᵢ over many positions. The error of the sum is Σ tᵢ δᵢ,
 where the δᵢ are random rounding errors. This error is of the order of ε √Σ tᵢ², where ε is the machine
@@ -60,9 +60,9 @@ def error_ratio(
 
     Returns:
         The larger of two ratios: one with the largest absolute value as the magnitude, and one with the mean
-        absolute value. The result is infinity unless `found` has NaN and ±infinity at the same positions as
-        `exact`. There is one exception: elements that overflow in `plain` but not in `exact` are ignored, and
-        may overflow in `found` too.
+        absolute value. Elements that overflow in `plain` but not in `exact` are ignored, so they may overflow in
+        `found` too. At all other positions, NaN and ±infinity must be the same in `found` and `exact`; otherwise, the
+        ratio is infinity.
 
     Raises:
         ValueError: The shapes differ.

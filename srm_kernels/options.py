@@ -1,8 +1,8 @@
 """Groups of arguments that several operators, or several implementations of one operator, share.
 
 torch does not accept a group (a dataclass) as an argument of an operator. The `SCHEMA` of a group therefore
-lists the fields of the group as separate arguments. `registration` builds the group from these arguments
-again before it calls an implementation. The groups do not check the values of their fields, because the
+lists the fields of the group as separate arguments. Before `registration` calls an implementation, it
+rebuilds the group from these arguments. The groups do not check the values of their fields, because the
 public functions check them.
 """
 
@@ -61,7 +61,8 @@ class SolveOptions(Written):
         ridge: λ₀, the factor in λ = λ₀ · tr(W)/r.
         solver: A key of `conditioning.SOLVERS`.
         equilibrate: Whether rows and columns of W are scaled before λI is added.
-        kappa_max: "auto" uses LU for matrices whose estimate of κ is below this value.
+        kappa_max: Limit of κ for the solver "auto". It uses LU for matrices whose estimated κ is below this limit,
+            and SVD for other matrices.
         neumann_order: m, the largest exponent in the series of "neumann".
         neumann_gate: Whether "neumann" uses the series only for matrices that pass the convergence checks.
     """
@@ -80,8 +81,8 @@ class SolveOptions(Written):
     def default(self) -> bool:
         """Whether the solver is Cholesky without equilibration.
 
-        The C++ solver, and the kernels that fuse the solve with other steps, support only Cholesky without
-        equilibration.
+        The C++ solver supports only this combination. The same is true of the kernels that fuse solving the landmark
+        system with other steps.
         """
         return self.solver == "cholesky" and not self.equilibrate
 

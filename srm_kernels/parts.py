@@ -7,16 +7,16 @@ Precision of products:
 
 - Stored tensors (queries, keys, values) are multiplied in their dtype, and the products are accumulated in fp32. A
   product of two bf16 or fp16 numbers is exact in fp32. Two fp32 tensors are multiplied in the precision "tf32x3".
-- Computed tensors (L, W, R, X and their gradients) stay in fp32. `wide_dot` splits each factor into a high
-  part and a low part. It multiplies the parts in three passes of the tensor cores: high × high, high × low
-  and low × high. The precision "tf32x3" keeps 22 bits of each factor. With bf16 tokens, the precision is
-  "bf16x3", which keeps 16 bits of each factor. If one factor is stored in bf16, this factor has no low part,
-  so two passes suffice.
+- Computed tensors (L, W, R, X and their gradients) stay in fp32. A product with at least one computed tensor uses
+  `wide_dot`, which splits each of the two factors into a high part and a low part. It multiplies the parts in
+  three passes of the tensor cores: high × high, high × low and low × high. The precision "tf32x3" keeps 22 bits
+  of each factor. With bf16 tokens, the precision is "bf16x3", which keeps 16 bits of each factor. If one factor
+  is stored in bf16, this factor has no low part, so two passes suffice.
 - A single pass would keep only 11 bits (TF32) or 8 bits (bf16) of each factor. This is too inaccurate for the
   product Y = L X, for example: the entries of X can be much larger than those of Y, so the rounding errors of
   X would be large relative to Y.
-- The choice of landmarks depends on the last bits of the scores. The products for the scores therefore use "tf32x3" or
-  plain fp32 (`finest_precision`).
+- Landmarks are chosen by a score of each key, and the choice can depend on the last bits of these scores. The matrix
+  products that compute the scores therefore use "tf32x3" or plain fp32 (`finest_precision`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Allocate an output or workspace; tests replace this function to fill the memory with NaN first."""
+    """Allocate an output or workspace, without initialising its memory.
+
+    The tests replace this function by one that also fills the memory with NaN (integers: an index out of range). They
+    fail if a kernel does not write an entry of its output, or reads an entry of a workspace before writing it.
+    """
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
@@ -50,8 +54,8 @@ def empty_like(tensor: Tensor) -> Tensor:
 def readable(tensor: Tensor) -> Tensor:
     """Return the tensor that a kernel reads: in Triton's interpreter, an fp32 copy of a bf16 tensor.
 
-    The copy is needed because the interpreter computes wrong results in bf16. A tensor of another dtype, and
-    any tensor without the interpreter, is returned unchanged.
+    The copy is needed because the interpreter computes wrong results in bf16. A tensor of another dtype is returned
+    unchanged. If the interpreter is not used, every tensor is returned unchanged.
     """
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
@@ -98,7 +102,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def finest_precision(dtype: torch.dtype, d: int) -> str:
-    """Return the `input_precision` of the products for the scores from which landmarks are chosen.
+    """Return the `input_precision` of the matrix products that compute the scores for choosing landmarks.
 
     The result is "tf32x3", with three exceptions that give "ieee" (plain fp32): Triton's interpreter, fp32 tokens, and
     d above 64. For d above 64, the three passes of "tf32x3" over a d×d matrix would need 128 KiB of shared memory.
@@ -123,13 +127,16 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 @triton.jit
 def token_offsets(rows, columns, n_stride, d_stride):
-    """Return offsets [ROWS, COLUMNS] in 64 bits, because a tensor can have more than 2³¹ elements."""
+    """Return the offsets [ROWS, COLUMNS] of entries of a token matrix, relative to the pointer of the matrix.
+
+    The offsets are int64, because a tensor can have more than 2³¹ elements.
+    """
     return rows.to(tl.int64)[:, None] * n_stride + columns.to(tl.int64)[None, :] * d_stride
 
 
 @triton.jit
 def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr):
-    """Load rows of a token matrix, [ROWS, D]. Rows that are not valid and columns beyond d are zero."""
+    """Load rows of a token matrix as a tile [ROWS, D]. Rows that are not valid and columns beyond d are zero."""
     columns = tl.arange(0, D)
     offsets = token_offsets(rows, columns, n_stride, d_stride)
     return tl.load(ptr + offsets, mask=valid[:, None] & (columns < d)[None, :], other=0.0)
@@ -137,10 +144,10 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 
 @triton.jit
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
-    """Return a factor for each row x of `tokens`, [ROWS]: √d / (‖x‖ + 1e-6), or 1 if NORMALISE is false.
+    """Return a tensor [ROWS] with a factor for each row x of `tokens`: √d / (‖x‖ + 1e-6), or 1 without NORMALISE.
 
-    Kernels compute a product with the stored tokens, and multiply this product by the factor. Normalising the tokens
-    before the product would round them a second time.
+    Kernels multiply the stored tokens by another matrix first, and apply the factors to the rows of the product. If the
+    tokens were normalised before the product, they would be rounded to their dtype a second time.
     """
     wide = tokens.to(tl.float32)
     norm = tl.sqrt(tl.sum(wide * wide, 1))
@@ -175,8 +182,8 @@ def bf16_pair(x):
 def wide_dot(a, b, PRECISION: tl.constexpr):
     """Return the product a b in fp32, where at least one factor is a computed tensor (see the module's docstring).
 
-    If an entry is infinite, its low part is ∞ − ∞ = NaN. The function replaces a NaN in the product of the low part by
-    0, as Triton's "bf16x3" does.
+    If an entry of a factor is infinite, its low part is ∞ − ∞ = NaN. In the product of the low part and the other
+    factor, the function therefore replaces each NaN by 0, as Triton's "bf16x3" does.
     """
     if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:
         high, low = bf16_pair(a)

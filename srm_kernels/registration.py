@@ -1,9 +1,9 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
-Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only the operators `srm::<name>` and
-`srm::<name>_backward`. Autograd cannot differentiate through Triton kernels. For the backend "triton", an
-operator therefore has a derivative of its own (the argument `derivatives` of `register_operator`), or uses the
-derivative of the reference.
+torch.compile, torch.export and FLOP counters do not look into an operator: they see one call of `srm::<name>` or
+`srm::<name>_backward`. Eager mode and CUDA graphs run the same two operators. Autograd cannot differentiate through
+Triton kernels. For the backend "triton", an operator therefore has a derivative of its own (the argument `derivatives`
+of `register_operator`), or uses the derivative of the reference.
 
 If a call is differentiated under torch.func or by forward-mode differentiation, it does not run a registered
 operator. It runs the reference in plain PyTorch instead.
@@ -37,7 +37,9 @@ _running: list[dict[str, set[str]]] = []
 
 @contextmanager
 def running() -> Iterator[dict[str, set[str]]]:
-    """Yield a dict that maps the name of each operator that runs inside the context to the backends that run it.
+    """Record which operators run inside the context, and with which backends.
+
+    The context manager yields a dict: operator name → set of backends. Each call inside the context adds to this dict.
 
     Operators are recorded in eager and in compiled code. In a CUDA graph, they are recorded during the capture, not
     during a replay. Calls that are differentiated under torch.func or by forward-mode differentiation are not recorded,
@@ -53,9 +55,10 @@ def running() -> Iterator[dict[str, set[str]]]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Make calls of differentiable operators inside the context run the reference in plain PyTorch.
+    """Run the reference in plain PyTorch in place of each differentiable operator that is called in the context.
 
-    These calls do not run a registered operator. Calls of operators without a derivative are not affected.
+    Inside the context, torch sees the PyTorch operations of the reference, and not the registered operator. The backend
+    of the call has no effect. Operators without a derivative run as usual.
     """
     global _plain
     before, _plain = _plain, True
@@ -106,15 +109,15 @@ def register_operator(
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
-            among the differentiable arguments, in the order of the arguments. If "triton" is not in
-            `derivatives`, autograd differentiates the reference. If another backend is not in `derivatives`,
-            autograd differentiates the implementation of this backend. If `derivatives` or `recalled` is
-            given, the forward pass also saves the results of the operator for the backward pass.
+            among the differentiable arguments, in the order of the arguments. If `derivatives` has no function for the
+            backend "triton", autograd differentiates the reference. If it has no function for "reference" or "torch",
+            autograd differentiates the implementation of that backend. If `derivatives` or `recalled` is given, the
+            forward pass also saves the results of the operator for the backward pass.
         constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
-        recalled: Name of an argument → index of a result. If autograd differentiates an implementation, the
-            backward pass runs this implementation again, with the result of the forward pass in place of the
-            argument. The backward pass then does not repeat a choice that the forward pass made, such as the
-            choice of landmarks.
+        recalled: Name of an argument → index of the result that replaces this argument in the backward pass. If
+            autograd differentiates an implementation, the backward pass runs this implementation a second time. The
+            second run then receives, for example, the landmarks that the forward pass chose, and does not choose
+            landmarks again.
         autocast: Function that casts `arguments` under autocast; see `autocast.py`.
 
     Returns:
@@ -247,7 +250,7 @@ def register_operator(
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Enable autograd in the context, for use inside an operator, where the dispatcher disables autograd."""
+    """Enable autograd in the context. This is needed inside an operator, where the dispatcher disables autograd."""
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd, torch.enable_grad():
         yield
@@ -260,13 +263,14 @@ def _kinds(arguments: str) -> list[str]:
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
     """Wrap `function`, which has arguments of the types in `options.WRITTEN`.
 
-    torch does not know the types in `options.WRITTEN`. If an argument of `function` has such a type, the wrapper
-    takes the fields of the type as separate arguments, and builds the argument from these fields. The wrapper then
-    calls `function`. The first `ahead` arguments are passed on unchanged.
+    The types in `options.WRITTEN` are dataclasses, which torch does not accept as arguments of an operator. The wrapper
+    therefore takes the fields of each dataclass as separate arguments. It builds the dataclasses from the fields, and
+    calls `function` with them. The first `ahead` arguments are passed to `function` unchanged.
 
     Args:
         function: The function to wrap.
-        kinds: Types of the arguments of `function` after the first `ahead`, as in a torch schema.
+        kinds: Types of the arguments of `function`, except for its first `ahead` arguments. The types are written as in
+            a torch schema.
         ahead: Number of arguments at the start of `function` whose types are not in `kinds`.
     """
     if not WRITTEN.keys() & set(kinds):
@@ -327,7 +331,7 @@ class _Rules(NamedTuple):
 
 
 class _Recorded(torch.autograd.Function):
-    """One call of an operator that autograd records; `tensors` are the tensors among the arguments of this call."""
+    """The autograd function of an operator call. `tensors` are the tensors among the arguments of the call."""
 
     @staticmethod
     def forward(ctx: Any, run: Implementation, rules: _Rules, args: Sequence[Any], *tensors: Tensor) -> Any:
@@ -369,7 +373,7 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _is_tensors(value: Any) -> bool:
-    """Return whether an argument is a list whose entries are tensors or None. As in torch, the list may be empty."""
+    """Return whether `value` is a list in which each entry is a tensor or None. As in torch, the list may be empty."""
     return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
 
 
@@ -386,8 +390,8 @@ def _places(inputs: Sequence[Any]) -> list[Place]:
 def _entry(value: Any, dim: Any, i: int) -> Any:
     """Return sample i of a value that is batched along `dim`.
 
-    If the value is a list, `dim` is either a list with one axis for each element, or a single axis for all
-    elements. If the axis is None, the value is not batched and is returned unchanged.
+    If `value` is a list, `dim` is either a list with one axis for each element, or a single axis for all elements. A
+    value or an element whose axis is None is not batched, and is returned unchanged.
     """
     if isinstance(value, list):
         dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
@@ -439,8 +443,8 @@ def _product(
 def _apart(product: Tensor, given: set[int]) -> Tensor:
     """Return `product` as a contiguous tensor with memory of its own.
 
-    An operator must not return an input or a view. `given` contains the memory addresses of the gradients
-    that the operator received.
+    An operator must not return one of its inputs, or a view of another tensor. In these two cases, `product` is copied.
+    `given` contains the memory addresses of the gradients that the operator received as inputs.
     """
     product = product.contiguous()
     memory = product.untyped_storage()

@@ -1,8 +1,9 @@
 """Verdicts: the results of `python -m srm_kernels verify`, in one file per device.
 
-A verdict holds for one device, one version each of the driver, torch and Triton, and one state of the kernel sources. A
-file is ignored if it is incomplete, has wrong types, belongs to another user, can be written by other users, or is a
-symbolic link.
+A verdict measured on this machine holds for one device, one version each of the driver, torch and Triton, and one state
+of the kernel sources. A verdict shipped with the package also holds for other drivers and for other patch versions of
+torch and Triton. The file of a measured verdict is ignored if it is incomplete, has wrong types, belongs to another
+user, can be written by other users, or is a symbolic link.
 """
 
 from __future__ import annotations
@@ -96,9 +97,9 @@ class Verdict:
         return replace(self, rows=(*kept, row))
 
     def finished(self, groups: Set[Group]) -> Verdict:
-        """Return a copy in which `groups` are finished, without the incomplete rows of these groups.
+        """Return a copy in which `groups` count as finished and the incomplete rows of these groups are removed.
 
-        Rows are incomplete (see `is_done`) if an earlier run was interrupted before it timed them.
+        A row is incomplete (see `is_done`) if an earlier run was interrupted before it measured the times of this row.
         """
         kept = [row for row in self.rows if group_of(row) not in groups or is_done(row)]
         return replace(self, rows=tuple(kept), unfinished=self.unfinished - groups)
@@ -119,7 +120,7 @@ def identity(row: Row) -> tuple[str, str, str, str]:
 
 
 def is_done(row: Row) -> bool:
-    """Return whether the measurement of a row is complete: a row with the status "right" must have times."""
+    """Return whether a row is complete. A row with the status "right" must have times; all other rows are complete."""
     return row["status"] != RIGHT or bool(row["milliseconds"])
 
 
@@ -161,7 +162,8 @@ def key_of_cuda(index: int) -> Key:
 def driver_version() -> str:
     """Return the version of the NVIDIA driver.
 
-    If this version cannot be read, the result is the CUDA version that the driver supports, or "unknown".
+    If the version of the driver cannot be read, the result is the CUDA version that the driver supports. If the CUDA
+    version cannot be read either, the result is "unknown".
     """
     with suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text("utf-8", errors="replace")
@@ -183,7 +185,7 @@ def triton_version() -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the verdict files: SRM_KERNELS_CACHE, or `srm_kernels` in the user's cache folder (XDG)."""
+    """Return the folder of the verdict files: SRM_KERNELS_CACHE if set, else `srm_kernels` in the XDG cache folder."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME") or ""
@@ -211,8 +213,8 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     """Read the verdict of a device.
 
     Returns:
-        If the verdict holds, the verdict and None. Otherwise None and the reason: nothing was measured
-        (`NOT_VERIFIED`), other versions were measured, or the file cannot be used.
+        (verdict, None) if the verdict holds for `key`. Otherwise (None, reason): nothing was measured
+        (`NOT_VERIFIED`), the measurement was made with other versions, or the file cannot be used.
     """
     path = path_of(key)
     try:
@@ -232,11 +234,12 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 
 
 def doubts(key: Key) -> Verdict | None:
-    """Return the faults measured on this machine with another driver, or another patch version of torch or Triton.
+    """Return the faults measured on this machine before the driver or the patch version of torch or Triton changed.
 
-    A shipped verdict holds for all drivers and patch versions. If this machine measured a fault in a group
-    (an operator and a dtype), the shipped verdict is not used for this group. Calls of the operator in this
-    dtype then use the default backend. Faults that the environment can cause are left out.
+    A shipped verdict holds for all drivers and patch versions. But if this machine measured a fault in a group
+    (an operator and a dtype), the shipped verdict is not used for this group, and calls of the operator in this dtype
+    use the default backend. Faults that the environment can cause, such as a timeout, do not have this effect and are
+    not returned.
 
     Returns:
         A verdict whose rows are the faults, or None if there are no faults. All groups of this verdict are
@@ -362,7 +365,7 @@ def _renamed(value: Any) -> Any:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value is printable text: control characters and lone surrogates must not reach a terminal."""
+    """Return whether a value is text without control characters and lone surrogates, which can disturb a terminal."""
     return isinstance(value, str) and value.isprintable()
 
 
@@ -460,10 +463,10 @@ def export(verdict: Verdict, path: Path) -> None:
 
 
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
-    """Return the verdict shipped for this device, capability, kernel sources and minor versions of torch and Triton.
+    """Return the shipped verdict for the device, capability, sources, and minor torch and Triton versions of `key`.
 
-    The driver version is not compared. If a file cannot be read, or one of its lines is not a valid row with a field
-    `machine`, the whole file is ignored with a warning.
+    A verdict that was measured with another driver is accepted. If a file of the folder cannot be read, or one of its
+    lines is not a valid row with a field `machine`, the whole file is ignored with a warning.
     """
     rows: list[Row] = []
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):

@@ -41,8 +41,8 @@ class Backbone(nn.Module):
             models do not use this argument.
 
     Raises:
-        ValueError: The model is unknown, does not support `features_only=True`, or has no map at stride 4, 8, 16
-            or 32.
+        ValueError: The model is unknown, does not support `features_only=True`, or lacks a map at one of the strides 4,
+            8, 16 and 32.
     """
 
     def __init__(self, name: str, *, pretrained: bool = False, image_size: int = 512) -> None:

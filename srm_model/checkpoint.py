@@ -37,7 +37,8 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
         model: An `IQAModel`. The model or its parts may be wrapped by torch.compile, `DataParallel`,
             `DistributedDataParallel` or `AveragedModel`.
         folder: Folder of the checkpoint.
-        card: Facts about the training, as JSON values.
+        card: Dictionary that describes the training, for example the dataset and the best epoch. It is saved in
+            `config.json`, so its values must be JSON values.
 
     Raises:
         TypeError: The model is not an `IQAModel`.
@@ -132,7 +133,10 @@ def shipped() -> Path:
 
 
 def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """Copy the tensors, named as in a model without wrappers; also return whether the model is sharded."""
+    """Return copies of the model's tensors by name, and whether the model is sharded.
+
+    The names are those of the model without wrappers such as `DataParallel`.
+    """
     from srm_model.modules import plain_names
 
     state, names = model.state_dict(), plain_names(model)
@@ -243,7 +247,10 @@ def with_axis(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load tensors strictly; raise ValueError with `source` and examples of tensors that do not fit."""
+    """Copy tensors into a model, and raise ValueError unless their names and shapes match those of the model.
+
+    The error message names `source`, the file of the tensors, and gives examples of tensors that do not match.
+    """
     from srm_model.modules import plain_names, unwrapped
 
     model = unwrapped(model)

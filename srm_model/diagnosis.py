@@ -1,7 +1,7 @@
-"""Measure the conditioning of a trained neck's landmark systems and its effect on attention (article, table 1).
+"""Measure the conditioning of landmark systems and the error of attention in a trained neck (article, table 1).
 
-The measurements use the queries, keys and values that the links compute from images. Each link, image and head has its
-own landmark matrix, which is measured separately.
+The measurements use the queries, keys and values that the neck's links compute from images. There is one landmark
+matrix for each combination of link, image and head. Each matrix is measured separately.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
 def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -> dict[str, Any]:
     """Measure every link of a model with the neck "srm".
 
-    Each link, image and head has one landmark matrix and one set of landmarks. A summary of several matrices has their
-    number and the share of them that each solver solved. It also has quantiles of κ, of ρ, of the gain (all three as in
-    `LandmarkSolution`) and of the error of Nyström attention against exact attention.
+    There is one set of landmarks and one landmark matrix for each combination of link, image and head. In the result, a
+    summary of several matrices contains the number of matrices and the share of matrices that each solver solved. The
+    summary also contains quantiles of κ, ρ, the gain (see `LandmarkSolution` for these three), and the error of Nyström
+    attention against exact attention.
 
     Args:
         model: The model, which may be in a wrapper that `unwrapped` removes.
@@ -134,8 +135,8 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
 def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
     """Return the share of landmark sets that change when the pixels change by a small step.
 
-    The result has an entry for each landmark method and each step of `STEPS`. Each link, image and head has one
-    landmark set.
+    The result has an entry for each landmark method and each step of `STEPS`. There is one landmark set for each
+    combination of link, image and head.
     """
     neck = cast(SRMNeck, model.neck)
 
@@ -194,7 +195,7 @@ def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
-    """Return all pairs of a landmark method and r/4, r/2, r or 2r landmarks; numbers above `keys` are left out."""
+    """Return all pairs (landmark method, number of landmarks); the numbers are r/4, r/2, r and 2r, up to `keys`."""
     ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
     return [(method, rank) for method in MEASURED_METHODS for rank in sorted(ranks) if rank <= keys]
 

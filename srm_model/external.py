@@ -131,9 +131,10 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
         interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:
-        ValueError: The module, name or file does not exist, the import or the callable fails, the program cannot be
-            loaded or has pickled objects, or the model needs a reference image.
-        TypeError: The object is not a model.
+        ValueError: MODULE, NAME or the file does not exist, the import of MODULE or the call of NAME fails, the
+            exported program cannot be loaded or has pickled objects, or the model needs a reference image.
+        TypeError: The object is not an `nn.Module`, its `forward` requires further arguments besides the images, or it
+            has fp16 or bf16 parameters.
     """
     found = _program(Path(name)) if name.endswith(PROGRAM) else _named(name)
     if not isinstance(found, nn.Module):
@@ -197,7 +198,10 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _current_folder_first() -> Iterator[None]:
-    """Make modules of the current folder importable within the `with` block, as `python -m` does."""
+    """Put the current folder first in `sys.path` within the `with` block.
+
+    Modules of the current folder can then be imported, as in a program that is started with `python -m`.
+    """
     folder = os.getcwd()  # noqa: PTH109, sys.path holds strings
     sys.path.insert(0, folder)
     try:
@@ -233,7 +237,8 @@ def _program(path: Path) -> nn.Module:
 def _weights_only() -> Iterator[None]:
     """Make every `torch.load` within the `with` block load with `weights_only=True`.
 
-    `torch.export.load` needs this context, because it can call `torch.load` with `weights_only=False`.
+    Without this context, `torch.export.load` could call `torch.load` with `weights_only=False`, which can run code from
+    the file.
     """
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)

@@ -68,7 +68,10 @@ def check_folder(path: str | Path) -> None:
 
 @contextmanager
 def utf8_path(path: str | Path) -> Iterator[Path]:
-    """Yield `path`, or a link to `path` if `path` is not UTF-8. safetensors and TensorBoard require names in UTF-8."""
+    """Yield `path`, or a temporary symbolic link to `path` if `path` is not valid UTF-8.
+
+    Use this function for safetensors and TensorBoard, because they accept only names in UTF-8.
+    """
     path = Path(path)
     try:
         str(path).encode()

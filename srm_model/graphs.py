@@ -26,7 +26,7 @@ class Graphed:
             other strides, because each call copies its maps into the captured tensors.
 
     Raises:
-        ValueError: The module is in training mode or stochastic, or a map is not a CUDA tensor.
+        ValueError: The module is stochastic or is in training mode, or a map is not a CUDA tensor.
     """
 
     def __init__(self, module: nn.Module, maps: Sequence[Tensor]) -> None:
@@ -66,7 +66,7 @@ class Graphed:
             maps: Tensors of the captured shapes, dtypes and device.
 
         Raises:
-            ValueError: The number, shape, dtype or device of the maps differs from the captured one.
+            ValueError: The number of maps, or the shape, dtype or device of a map, is not the same as at the capture.
         """
         if len(maps) != len(self._maps):
             raise ValueError(f"maps has {len(maps)} entries; the graph was made for {len(self._maps)}")

@@ -69,9 +69,10 @@ class LogisticMap:
     def fit(cls, scores: Values, mos: Values) -> LogisticMap:
         """Fit by least squares (Levenberg-Marquardt), starting at β = (range of MOS, 1, 0, 0, mean of MOS).
 
-        In three cases the result is the least-squares line instead: there are fewer than five items, the fit does not
-        converge, or the line has a smaller error than the fit. If all scores are equal, the result is a constant, the
-        mean of the MOS. In all these cases, `converged` is False and `reason` names the case.
+        In three cases, the result is the least-squares line instead of the fitted logistic map: there are fewer than
+        five items, the fit does not converge, or the line has a smaller error than the fitted map. If all scores are
+        equal, the result is a constant map to the mean of the MOS. In all four cases, `converged` is False and
+        `reason` names the case.
 
         Args:
             scores: Predicted scores, (N,).

@@ -76,7 +76,10 @@ class IQAModel(nn.Module):
 
     @property
     def stochastic(self) -> bool:
-        """Whether two evaluations of one image may differ. If so, attacks need EOT (docs/METHOD.md §6)."""
+        """Whether the score of one image may differ between two calls in evaluation mode.
+
+        If so, attacks need EOT (docs/METHOD.md §6).
+        """
         return self.neck.stochastic
 
     def forward(
@@ -106,8 +109,8 @@ class IQAModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores and the losses, as `forward` with `return_losses` does.
 
-        With DDP or FSDP, call the DDP or FSDP model with `return_losses=True` instead. DDP and FSDP act only on calls
-        of the model, so a call of this method would bypass them.
+        With DDP or FSDP, do not call this method. Call the DDP or FSDP model as `model(images, return_losses=True)`
+        instead, because DDP and FSDP take part only in calls of the model itself, not in calls of its methods.
         """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):
@@ -219,8 +222,8 @@ def load_model(
         The model and the checkpoint's card.
 
     Raises:
-        ValueError: The folder is not a checkpoint, the checkpoint is incomplete or damaged, or no checkpoint comes with
-            this installation.
+        ValueError: The folder is not a checkpoint, the checkpoint is incomplete or damaged, or `folder` is None and no
+            checkpoint comes with this installation.
     """
     folder = shipped() if folder is None else folder
     document = read_card(folder)

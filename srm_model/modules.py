@@ -30,7 +30,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _evaluate(module: nn.Module) -> None:
-    """Set evaluation mode. Where `eval()` raises, as in exported programs, set the attribute `training` instead."""
+    """Set evaluation mode. If `eval()` raises, as it does for exported programs, set `training` to False instead."""
     try:
         module.eval()
     except Exception:  # a part may refuse with any exception
@@ -48,7 +48,7 @@ def device_of(module: nn.Module) -> torch.device:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Remove all wrappers and return the inner module.
 
-    The wrappers are those of torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`.
+    Wrappers are `DataParallel`, `DistributedDataParallel`, `AveragedModel`, and the modules that torch.compile returns.
     """
     while (name := _wrapped(module)) is not None:
         module = module.get_submodule(name)
@@ -89,7 +89,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_stochastic(model: nn.Module) -> bool:
-    """Return the model's attribute `stochastic`: whether two evaluations of one image may differ."""
+    """Return whether the score of one image may differ between two calls of the model in evaluation mode.
+
+    The result is the attribute `stochastic` of the model without its wrappers, or False if there is no such attribute.
+    """
     return bool(getattr(unwrapped(model), "stochastic", False))
 
 
@@ -174,8 +177,8 @@ def make_torchvision_importable() -> None:
     Call this function before importing timm or piq.
 
     A torchvision that is built for CUDA cannot be imported with a CPU build of torch, because two operator schemas are
-    missing. This function defines the two schemas without implementations, because this package calls no operator of
-    torchvision.
+    missing. This function defines the two schemas. It does not define implementations, because this package calls no
+    operator of torchvision.
     """
     try:
         import torchvision  # noqa: F401

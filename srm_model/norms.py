@@ -22,8 +22,9 @@ _PROJECTION_ROUNDS = 2
 class Norm(ABC):
     """A norm, which measures the perturbation of each image in a batch (B, 3, H, W).
 
-    If a config has the field `attack_step_NAME`, `eps_NAME` or `eps_NAME_tables`, where NAME is the norm's `name`, the
-    field overrides `step`, `budgets` or `tables`, respectively.
+    A config can override three attributes of the norm. If the config has the field `attack_step_NAME`, where NAME is
+    the norm's `name`, this field overrides `step`. In the same way, `eps_NAME` overrides `budgets`, and
+    `eps_NAME_tables` overrides `tables`.
 
     Attributes:
         name: Name in files and on the command line.
@@ -31,9 +32,9 @@ class Norm(ABC):
         largest: Largest accepted radius, for pixels in [0, 1].
         step: Factor of PGD's step size. The step size is `step` · radius / (number of steps).
         step_words: Direction of a step, in words.
-        budgets: Budgets of a sweep.
-        tables: Budgets of the tables, and the default of --eps. For audits, the default is only the last of these
-            budgets. If `tables` is empty, --eps is required.
+        budgets: Budgets of a sweep over budgets.
+        tables: Budgets in the tables of a report, and the default of --eps. For audits, the default is only the last of
+            these budgets. If `tables` is empty, --eps is required.
         stated: Note for the help of --eps: the image size for which a budget is given. Empty if budgets do not depend
             on the image size.
         axis: Label of the budget axis in charts.
@@ -184,10 +185,11 @@ class L2(Norm):
 
         A result is close to the nearest point that is in the ball and in [0, 1], but is not always equal to this point.
 
-        Let δ be the difference between a point and its image x. The result is clip(x + s·δ) with a factor s of at most
-        1. At first, s is the smaller of 1 and radius/‖δ‖. Clipping shortens s·δ, so a larger s can also keep the result
-        in the ball. Each of `_PROJECTION_ROUNDS` rounds increases s towards the largest s that keeps the result in the
-        ball. The distance between the result and x never exceeds the radius.
+        Let δ be the difference between a point and its image x. The result is clip(x + s·δ), where clip limits the
+        pixels to [0, 1], and the factor s is at most 1. At first, s is the smaller of 1 and radius/‖δ‖. Clipping can
+        move the result closer to x, so a larger s may also keep the result in the ball. Each of `_PROJECTION_ROUNDS`
+        rounds therefore increases s towards the largest s that keeps the result in the ball. The distance between the
+        result and x never exceeds the radius.
         """
         import torch
 

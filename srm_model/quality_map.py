@@ -27,7 +27,7 @@ _RIM = 8  # at each edge, 1/8 of the window blends into the image
 
 
 class QualityMap(NamedTuple):
-    """For each pixel, the mean change of the image's score if a window that contains the pixel is replaced."""
+    """For each pixel, the change of the score after a window is replaced, averaged over all windows with the pixel."""
 
     score: float  # score of the image
     change: NDArray[
@@ -42,8 +42,8 @@ def quality_map(
 ) -> QualityMap:
     """Compute, for each window of an image, how the score changes if other parts of the image replace the window.
 
-    The map needs `WINDOWS`² · `PARTS` + 1 forward passes and no gradient. It is deterministic. Damage that covers most
-    of the image is not visible in the map, because the parts that replace a window are damaged too.
+    The model scores `WINDOWS`² · `PARTS` + 1 images, and no gradient is computed. The map is deterministic. Damage that
+    covers most of the image is not visible in the map, because the parts that replace a window are damaged too.
 
     Args:
         model: Model from images (B, 3, H, W) in [0, 1] to scores (B,). Its state does not change.
@@ -90,7 +90,7 @@ def _corners(image: Tensor, height: int, width: int, count: int) -> list[tuple[i
 
 
 def _occluded(image: Tensor, corners: list[tuple[int, int]], height: int, width: int) -> Iterator[Tensor]:
-    """Yield `PARTS` copies of the image for each window. In each copy, a different part replaces the window.
+    """For each window, yield `PARTS` copies of the image; in each copy, a different part of the image is in the window.
 
     The parts are cells of a grid of `SHARE`×`SHARE` cells. Cells that overlap the replaced window are not used. The
     remaining cells are listed row by row, and `PARTS` evenly spaced cells of this list are used.

@@ -17,8 +17,8 @@ class BatchStatistics:
     over all micro-batches of all ranks. Every rank must add the same number of micro-batches before it calls `finish`.
 
     Attributes:
-        current: Index of the micro-batch whose gate weights have gradients. Micro-batches are numbered in the order in
-            which they were added.
+        current: Index of the micro-batch whose gate weights get gradients in `gate_losses`. Micro-batches are numbered
+            in the order in which they were added.
         finished: Whether `finish` was called.
         sigma: σ of each link, (H,), by the link's name.
         norms: Root mean square of M for each image of the batch, (N,).
@@ -59,14 +59,18 @@ class BatchStatistics:
         self._moments.setdefault(name, []).append(packed)
 
     def add_gate(self, weights: Tensor, norm: Tensor) -> None:
-        """Add the detached gate weights (B, S) and the root mean square of M for each image (B,) of one micro-batch."""
+        """Add the gate weights and the norms of one micro-batch, both detached.
+
+        `weights` is (B, S), and `norm` contains the root mean square of M for each image, (B,).
+        """
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
     def check_again(self, again: BatchStatistics) -> None:
-        """On a CPU, raise RuntimeError if gradient checkpointing did not repeat the last forward pass.
+        """On a CPU, raise RuntimeError if gradient checkpointing repeats an earlier forward pass, not the last one.
 
-        `self` has the statistics of the last forward pass, and `again` has the statistics of the repeated pass. The two
-        differ if gradient checkpointing repeated an earlier forward pass, on another batch.
+        `self` has the statistics of the last forward pass, and `again` has the statistics of the forward pass that
+        gradient checkpointing has just repeated. If the repeated pass is an earlier one, its batch is another batch, so
+        its gate weights and norms differ from those in `self`.
         """
         (one,), (other,) = self._gates, again._gates
         if one.device.type == "cpu" and (

@@ -21,7 +21,7 @@ class AccessInstructions(Operands):
     """Emit memory accesses, warp operations and matrix products, each as a call of a method of `Execution`."""
 
     def _access(self, ins: Instruction) -> tuple[str, int, str, int]:
-        """Return the memory space, the vector length, the type, and the size of an element in bytes."""
+        """Return the memory space and the vector length of an access, and the type and size in bytes of an element."""
         space = next((word for word in ins.op if word in ("global", "shared", "local", "param")), None)
         if space is None:
             raise Unsupported(f"{ins.text} (line {ins.line}): generic address")

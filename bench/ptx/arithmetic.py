@@ -1,6 +1,6 @@
 """Arithmetic of PTX on arrays of lanes.
 
-The value of a register is an unsigned array with one entry per lane, or a scalar that all lanes share.
+The value of a register is a NumPy array of unsigned integers, one for each lane, or a scalar that all lanes share.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def bf_truncate(x: Any) -> Any:
 
 
 def bf_round64(x: Any) -> Any:
-    """Round fp64 to bf16 bits; the intermediate fp32 is rounded to odd, which avoids double rounding."""
+    """Round fp64 to bf16 bits, to nearest even.
+
+    The numbers are first rounded to fp32, and then to bf16. The first rounding is to odd, not to nearest; otherwise,
+    the two roundings could give another result than one direct rounding from fp64 to bf16.
+    """
     x = np.asarray(x, f8)
     near = x.astype(f4)
     bits = near.view(u4)
@@ -99,7 +103,11 @@ def shl(x: Any, n: Any) -> Any:
 
 
 def shr(x: Any, n: Any) -> Any:
-    """Shift right, arithmetically for signed types. If n reaches the width, only sign bits or zeros remain."""
+    """Shift right, arithmetically for signed types.
+
+    If n is greater than or equal to the width, every bit of the result is the sign bit (signed types) or 0 (unsigned
+    types).
+    """
     bits = x.dtype.itemsize * 8
     if x.dtype.kind == "i":
         return x >> np.minimum(n, u4(bits - 1)).astype(x.dtype)

@@ -31,7 +31,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         launch: A launch executed with `count=True`.
         gpu: The GPU, one of `rates.GPUS`.
         batch: Number of copies of the grid that are launched at once.
-        use_sass: Count the SASS of the cubin instead of the PTX, if there is a cubin.
+        use_sass: Whether to count the SASS of the cubin instead of the PTX. If there is no cubin, the PTX is counted.
 
     Returns:
         A dictionary with these entries:

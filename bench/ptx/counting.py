@@ -1,4 +1,7 @@
-"""Counters of an execution, and counts of its PTX instructions by unit, by call chain and by source line."""
+"""Count the memory requests, matrix products and PTX instructions that an emulated kernel executes.
+
+The instructions are counted by unit, by call chain and by source line.
+"""
 
 from __future__ import annotations
 
@@ -100,8 +103,8 @@ class Counters:
         """Count the wavefronts of one of the 8×8 matrices that an ldmatrix instruction loads.
 
         A row of the matrix has 16 bytes. `rows` (warps, 8) has the byte offset of each row. `first` says whether the
-        matrix is the first of the instruction. The warps that execute the instruction are counted only with the first
-        matrix.
+        matrix is the first one that the instruction loads. Only then are the executing warps counted, so that they
+        count once for each instruction and not once for each matrix.
         """
         words = (rows[:, :, None] // 4 + np.arange(4)).reshape(len(rows), -1)
         fullest = _fullest_bank(words, np.ones(words.shape, bool))

@@ -113,11 +113,14 @@ class Device:
         self._names, self._blocks, self._keep, self._options = names, blocks, keep, options
 
     def reports(self) -> list[tuple[str, Report]]:
-        """Return the reports of all launches as pairs (kernel name, report); the kind "copies" is not a fault."""
+        """Return the reports of all launches as pairs (kernel name, report).
+
+        A report is a fault, unless its kind is "copies".
+        """
         return [(launch.name, report) for launch in self.launches for report in launch.reports]
 
     def fault_texts(self) -> list[str]:
-        """Return the distinct faults as text. Reports of the kind "copies" are left out, because they are no faults."""
+        """Return the distinct faults as text. Reports of the kind "copies" are left out: they are not faults."""
         return sorted({f"{name}: {report}" for name, report in self.reports() if report.kind != "copies"})
 
     def run(self, compile_: Callable[..., Any], kernel: Any, args: Any, grid: Any, options: Any) -> Any:

@@ -1,13 +1,13 @@
 """Execute a kernel launch with NumPy arrays: each register is an array with one element per lane.
 
 A group (`state.Group`) is a set of lanes that execute basic blocks together. If lanes diverge, the lanes
-whose next basic block has the lowest index run first. The order of an execution is the order in which the
-warps of a thread block run:
+whose next basic block has the lowest index run first. The argument `order` of `Execution` sets the order in
+which the warps of a thread block run:
 
 - "together": all warps run in lockstep and do not stop at barriers. Many thread blocks run at once.
-- "forward": the warps run one after the other, each up to the next barrier. The first warp starts. Thread
-  blocks also run one after the other.
-- "reversed": like "forward", but the last warp starts.
+- "forward": the warps run one after the other, from the first to the last, each up to the next barrier.
+  Thread blocks also run one after the other.
+- "reversed": like "forward", but from the last warp to the first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         program: The translated kernel.
         grid: Number of thread blocks along each of one to three dimensions.
         warps: Warps per thread block.
-        parameters: Value of every kernel parameter, as bytes, by name.
+        parameters: A dict from the name of each kernel parameter to its value as bytes.
         allocations: Memory that the kernel may access.
         shared: Bytes of shared memory per thread block.
         check: Whether to look for memory faults and races.

@@ -1,4 +1,4 @@
-"""Translate arithmetic, logic and conversions of PTX to Python expressions over arrays of lanes."""
+"""Translate PTX arithmetic, logic and conversions to Python expressions on arrays with one element per lane."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ScalarInstructions(Operands):
     """
 
     def _arithmetic(self, ins: Instruction, form: str) -> list[tuple[Any, str]]:
-        """Emit an arithmetic instruction; in the expression `form`, {a}, {b} and {c} stand for the operands."""
+        """Emit an arithmetic instruction. `form` is its expression, with {a}, {b} and {c} in place of the operands."""
         kind = ins.op[-1]
         operands = list(zip("abc", ins.args[1:], strict=False))
         if kind in PACKED:

@@ -3,7 +3,8 @@
 The numerics rule of `srm_kernels/numerics.py` gives the bounds of the errors. The output has a row for each
 case, dtype, architecture and order of the warps. A row has the largest ratio of an error to its bound, the
 reports of the memory checks, the refused launches, and a digest of the code that ran. If a case has the same
-code on two architectures, the code runs once.
+code on two architectures and has passed on the first one, the row of the second architecture is a copy, and
+the code does not run again.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Run(NamedTuple):
 class Configuration(NamedTuple):
     """A kernel with the options of one launch.
 
-    The launch rules of the package choose the options, so every branch of a launch rule gives a configuration. A test
-    uses configurations to check that the sample of continuous integration covers every branch.
+    The launch rules of the package choose the options: each branch of a launch rule leads to a configuration. A test
+    compares configurations to check that the runs in continuous integration, a sample of all runs, cover every branch.
     """
 
     kernel: str
@@ -119,7 +120,7 @@ def code_of(run: Run) -> str:
 
 
 def _step_of(run: Run) -> None:
-    """Run the forward and backward pass of a run with the backend "triton", and discard the results."""
+    """Execute the forward and backward pass of `run` with the backend "triton", and discard the results."""
     if isinstance(run.case, NeckCase):
         neck, pyramid = _neck(run.case)
         with torch.autocast("cpu", DTYPES[run.dtype], enabled=run.dtype != "fp32"):

@@ -1,4 +1,4 @@
-"""Global and local memory: allocations, bounds, and hazards between the warps of a thread block."""
+"""Emulate global and local memory; check bounds, and find races between the warps of a thread block."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ class Allocation:
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
         """Return four arrays, each with one entry for each word of `word` bytes.
 
-        The first array has the moment of the last store to each word, and the second array has the warp that
-        stored. The third array has the moment of the last load of each word, and the fourth array has the warp
-        that loaded. A moment is a number that identifies a thread block and one of its intervals between two
-        barriers.
+        A "moment" is a number that identifies a thread block and one of its intervals between two barriers. The first
+        array has the moment of the last store to each word, and the second array has the warp that stored. The third
+        array has the moment of the last load of each word, and the fourth array has the warp that loaded.
         """
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
@@ -169,7 +168,7 @@ class GlobalMemory(State):
     def _loaded(
         self, group: Group, number: int, allocation: Allocation, address: Any, lanes: Any, size: int
     ) -> None:
-        """Report races of a load of `size` bytes per lane, and record the load in the allocation's marks."""
+        """Report races of a load of `size` bytes per lane, and record the load in the arrays of `allocation.marks`."""
         word = self.program.word
         stored, storer, loaded, loader = allocation.marks(word)
         now, warp = self._moment(group, lanes)
@@ -199,7 +198,10 @@ class GlobalMemory(State):
         value: Any,
         width: int,
     ) -> None:
-        """Store `value`. For words whose value changes, report races and record the store in the allocation's marks."""
+        """Store `value`; report races, and record the store in the arrays of `allocation.marks`.
+
+        Words whose value the store does not change are neither checked for races nor recorded.
+        """
         view, word = allocation.views[width], self.program.word
         changed = view[index] != value
         view[index] = value

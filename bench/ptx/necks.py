@@ -8,7 +8,7 @@ from srm_model import SRMConfig
 
 
 class NeckCase(NamedTuple):
-    """A neck and its four input maps; `grids` has the (h, w) of each map, and `channels` its number of channels."""
+    """A neck and four input maps. For each map, `grids` has the size (h, w) and `channels` the number of channels."""
 
     name: str
     config: SRMConfig

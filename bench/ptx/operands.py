@@ -39,13 +39,14 @@ class Operands:
     def block(self, block: Block, number: int, masked: bool) -> Callable[..., Any]:
         """Compile a basic block to a Python function.
 
-        If the basic block ends with a conditional branch or a conditional exit, the function returns a mask
-        of the lanes that branch or exit. Otherwise, the function returns None.
+        If the basic block ends with a conditional branch or a conditional exit, the Python function returns a mask of
+        the lanes that branch or exit. Otherwise, it returns None.
 
         Args:
             block: The basic block.
             number: Index of the basic block, which becomes part of the function's name.
-            masked: Whether the function runs only the lanes of a mask.
+            masked: Whether the Python function executes the block only for the lanes that its argument `mask` selects.
+                Otherwise, it executes the block for all lanes.
         """
         lines = [f"def block_{number}(M, G, R, mask):"]
         self.masked = masked
@@ -74,7 +75,10 @@ class Operands:
         return self.constants[key]
 
     def bits(self, arg: Any, width: int) -> str:
-        """Return an expression for an operand as an unsigned integer of `width` bytes (0: a predicate)."""
+        """Return an expression for the bits of an operand, as an unsigned integer of `width` bytes.
+
+        If `width` is 0, the operand is a predicate, and the expression is boolean.
+        """
         if isinstance(arg, Reg):
             if width == 0 or arg.width == width:
                 return f"R[{arg.index}]"
@@ -125,8 +129,8 @@ class Operands:
     def _touches(self, ins: Instruction) -> list[str]:
         """Return the code that calls `touch` for an instruction, or no code if no call is needed.
 
-        A call is needed if the instruction reads an accumulator of wgmma, or writes an accumulator or an operand
-        register of wgmma. Instructions of wgmma itself need no call.
+        A call of `touch` is needed if the instruction reads an accumulator of wgmma, or writes an accumulator or an
+        operand register of wgmma. The instructions of wgmma themselves need no call.
         """
         if not self.accumulators or ins.op[0] == "wgmma":
             return []

@@ -33,7 +33,10 @@ class Reg:
 
 @dataclass(frozen=True)
 class Imm:
-    """An immediate of kind "int", "f32" or "f64". For "f32" and "f64", `value` has the bits of the number."""
+    """An immediate of kind "int", "f32" or "f64".
+
+    For "f32" and "f64", `value` is the bit pattern of the floating-point number, as an integer.
+    """
 
     kind: str
     value: int
@@ -97,7 +100,7 @@ class Instruction:
 class Block:
     """A basic block.
 
-    `end` is its last instruction: a branch, a return, an exit or a barrier. If `end` is None, execution
+    `end` is the last instruction of the block: a branch, a return, an exit or a barrier. If `end` is None, execution
     continues with the next basic block.
     """
 
@@ -111,15 +114,16 @@ class Kernel:
 
     Attributes:
         name: Name of the kernel.
-        params: (type, name) of each parameter.
-        places: Offset of each parameter in bytes.
+        params: A pair (type, name) for each parameter.
+        places: Dictionary from the name of each parameter to its offset in bytes.
         registers: All registers.
         blocks: Basic blocks in order.
         targets: Dictionary from each label to the index of the basic block that starts there.
-        shared: Offset of each array in shared memory, in bytes. Dynamic arrays are included.
-        shared_bytes: Size of all static arrays in shared memory, in bytes.
-        local: Offset of each array in local memory, in bytes.
-        local_bytes: Size of all arrays in local memory, in bytes.
+        shared: Dictionary from the name of each shared-memory array to its offset in bytes. Dynamic arrays are
+            included.
+        shared_bytes: Total size of the static shared-memory arrays in bytes.
+        local: Dictionary from the name of each local-memory array to its offset in bytes.
+        local_bytes: Total size of the local-memory arrays in bytes.
         files: Dictionary from the index of each source file to its name.
         instructions: All instructions in order.
     """
@@ -209,7 +213,11 @@ def parse(text: str) -> Kernel:
 
 
 def _declarations(text: str, clean: str) -> tuple[Kernel, int]:
-    """Return the kernel without instructions, and the position of its body. `clean` is `text` without comments."""
+    """Parse everything before the body of the kernel, and the declarations of arrays in the body.
+
+    Return a `Kernel` whose registers and instructions are still empty, and the index in `clean` at which the body
+    starts. `clean` is `text` with every comment replaced by spaces.
+    """
     files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", clean))
     if len(entries) != 1:

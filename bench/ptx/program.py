@@ -21,8 +21,10 @@ class Program:
     """A kernel whose basic blocks are translated when they are first executed.
 
     Attributes:
-        granule: Size in bytes of the narrowest access to shared memory, at most 4. Hazards are recorded per granule.
-        word: Size in bytes of the narrowest access to global memory, at most 4. Hazards are recorded per word.
+        granule: Size in bytes of a granule, the smallest unit of shared memory for which hazards are recorded. The
+            size is the width of the kernel's narrowest access to shared memory, but at most 4.
+        word: Size in bytes of a word, the smallest unit of global memory for which hazards are recorded. The size is
+            the width of the kernel's narrowest access to global memory, but at most 4.
         wgmma: Whether the kernel uses wgmma, the matrix products of warpgroups.
     """
 
@@ -35,7 +37,10 @@ class Program:
         self.wgmma = any(ins.op[:2] == ["wgmma", "mma_async"] for ins in kernel.instructions)
 
     def function(self, number: int, masked: bool) -> Callable[..., Any]:
-        """Return the function of basic block `number`. If `masked`, the function runs only the lanes of a mask."""
+        """Return the function of basic block `number`.
+
+        If `masked`, the function runs only the lanes that its argument `mask` selects. Otherwise, it runs all lanes.
+        """
         key = (number, masked)
         if key not in self._functions:
             self._functions[key] = self._translator.block(self.kernel.blocks[number], number, masked)
@@ -44,7 +49,10 @@ class Program:
 
 @lru_cache(MOST_PROGRAMS)
 def program_of(text: str) -> Program:
-    """Return the program of a PTX text. Launches of the same text share the translated basic blocks."""
+    """Return the `Program` of a PTX text.
+
+    Programs are cached, so that launches with the same PTX text share one `Program` and its translated basic blocks.
+    """
     return Program(parse(text))
 
 

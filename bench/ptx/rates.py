@@ -7,8 +7,8 @@ Sources:
   - 32-bit integer add, compare, logic and shift: 64 on all.
   - 32-bit integer multiply-add: 64 on all.
   - Special functions: 16 on all.
-- Tensor cores: NVIDIA's whitepapers. Numbers are FMA of dense products per clock and SM, with fp32
-  accumulation:
+- Tensor cores: NVIDIA's whitepapers. Numbers are fused multiply-adds (FMA) per clock and SM, for products of
+  dense matrices with fp32 accumulation:
   - A100 whitepaper, table 2: 1,024 in bf16 and 512 in tf32.
   - H100 whitepaper: 2,048 in bf16 and 1,024 in tf32 with wgmma. mma.sync reaches about half of these rates.
   - Ampere GA102 and Ada whitepapers, appendix A: 256 in bf16 and 128 in tf32 on GeForce cards of compute
@@ -29,8 +29,10 @@ from typing import NamedTuple
 class Gpu(NamedTuple):
     """A GPU.
 
-    `fp32`, `alu`, `imad` and `xu` are results per clock and SM. `bf16` and `tf32` are FMA of the tensor cores
-    per clock and SM. `dram` is the memory bandwidth in GB/s.
+    `sms` is the number of SMs, `ghz` is the boost clock in GHz, and `dram` is the memory bandwidth in GB/s. All other
+    rates are per clock and SM. `fp32` is the number of results of fp32 arithmetic, `alu` that of 32-bit integer add,
+    compare, logic and shift, `imad` that of 32-bit integer multiply-add, and `xu` that of special functions. `bf16` and
+    `tf32` are the numbers of fused multiply-adds of the tensor cores.
     """
 
     name: str

@@ -56,7 +56,7 @@ def place(row: Row) -> tuple[int, int]:
 
 
 def by_architecture(gpus: Iterable[str]) -> list[tuple[str, ...]]:
-    """Group names of GPUs by architecture, because all GPUs of one architecture run the same code."""
+    """Return one tuple of GPU names for each architecture; all GPUs of one architecture run the same code."""
     groups: dict[int, list[str]] = {}
     for name in gpus:
         groups.setdefault(GPUS[name].capability, []).append(name)
@@ -69,9 +69,10 @@ def rows(
     """Yield a row for each GPU, workload and launch.
 
     Args:
-        gpus: Names of GPUs in `rates.GPUS`. For each GPU, the code of its architecture is compiled and counted.
-        workloads: Workloads to launch. Instructions are counted for one image. For the times, the counts are multiplied
-            by the batch size of the workload.
+        gpus: Names of GPUs in `rates.GPUS`. The kernels are compiled for the architecture of each GPU, and the
+            instructions of the compiled code are counted.
+        workloads: Workloads to launch. The instructions are counted for one image. To estimate times, the counts are
+            multiplied by the batch size of the workload.
         dtype: Dtype of the tokens and maps.
     """
     for group in by_architecture(gpus):
@@ -113,7 +114,8 @@ def floor_of(found: Row, gpu: Gpu) -> float:
 
     The floor is the larger of two times. The first is the number of DRAM bytes, divided by the bandwidth. The
     second is the number of fused multiply-adds in distinct matrix products, divided by the rate of the tensor
-    cores.
+    cores. If several warps of a thread block compute the same product by mma.sync, this product counts once.
+    Every wgmma counts as a distinct product.
     """
     products = found["products"]
     fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32

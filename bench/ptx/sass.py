@@ -29,7 +29,7 @@ UNITS = (
 
 
 class SassCounts(NamedTuple):
-    """Warp instructions of the whole grid by unit, by opcode and by source line; and registers per thread."""
+    """Estimated numbers of warp instructions of a launch by unit, opcode and source line; registers per thread."""
 
     units: Counter[str]
     opcodes: Counter[str]

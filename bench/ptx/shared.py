@@ -11,12 +11,18 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 def by_another_warp(mark: Any, now: Any) -> Any:
-    """Return where two marks (see `state.py`) have the same number of barriers but different warps."""
+    """Return where two accesses come from different warps, with no barrier between the accesses.
+
+    `mark` and `now` are arrays of the marks of the accesses (see `state.py`). The result is an array of bools.
+    """
     return ((mark ^ now) - i4(1)).view(u4) < u4(SEVERAL)
 
 
 def _mark(array: Any, index: Any, mark: Any) -> None:
-    """Write marks to `array`. If several warps access one granule, SEVERAL replaces the warp in its mark."""
+    """Write the marks of one instruction to `array`.
+
+    If several warps access a granule in this instruction, the granule's mark has SEVERAL instead of a warp's index.
+    """
     array[index] = mark
     lost = array[index] != mark
     if lost.any():
@@ -25,7 +31,11 @@ def _mark(array: Any, index: Any, mark: Any) -> None:
 
 
 def _differ(kept: Any, given: Any) -> Any:
-    """Return where values differ. Two NaN count as equal, because the bits of a NaN depend on the host."""
+    """Return where `kept` and `given` differ.
+
+    Two values that are both NaN as fp32 count as equal, even if their bits differ, because the CPU that runs the
+    emulation determines the bits of a NaN.
+    """
     differs = kept != given
     if kept.dtype == u4 and differs.any():
         differs &= ~(np.isnan(kept.view(f4)) & np.isnan(given.view(f4)))
@@ -78,10 +88,10 @@ class SharedMemory(State):
         Returns:
             A tuple of four entries:
 
-            - the array `wrote`, divided into rows of `size` bytes of shared memory;
-            - the array `read`, divided in the same way;
-            - for each lane, the index of the row that it accesses;
-            - for each lane, the mark that it would write now.
+            - the array `wrote`, reshaped so that each row has the marks of `size` bytes of shared memory;
+            - the array `read`, reshaped in the same way;
+            - for each lane, the index of the row that the lane accesses;
+            - for each lane, the mark that describes this access.
         """
         now = self.now(group, lanes)
         count = size // self.program.granule
@@ -115,7 +125,11 @@ class SharedMemory(State):
         _mark(read, index, mark)
 
     def _writes(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Report hazards of writes, and mark granules as written; `changed` is True where values change."""
+        """Report hazards of writes, and mark the granules as written.
+
+        `changed` is True for granules whose value changes. If another warp has read or written a granule since the last
+        barrier, a write to this granule is a hazard only if the value changes.
+        """
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         last = wrote[index]
         flying = last == IN_FLIGHT
@@ -134,8 +148,9 @@ class SharedMemory(State):
     def _proxied(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
         """Report writes to granules that an unfinished wgmma is still reading.
 
-        For each written granule, also record how many proxy fences its thread block has passed. A later wgmma
-        that reads the granule needs a proxy fence after the write; this is checked with the recorded number.
+        For each written granule, also record how many proxy fences its thread block has passed. A wgmma may read the
+        granule only after a proxy fence that follows the write. If the number of passed fences is still the recorded
+        number when a wgmma reads the granule, this fence is missing.
         """
         count = size // self.program.granule
         index = offsets // size
@@ -196,10 +211,11 @@ class SharedMemory(State):
     ) -> None:
         """Report lanes that wrote different values to the same address in the same instruction.
 
-        If these lanes belong to several warps, a "race" is reported, which is a fault. If they belong to one warp,
-        "copies" is reported, which is not a fault. For example, a butterfly reduction leaves a copy of the sum in every
-        lane of a warp, and all lanes can store their copies to one address. The copies can differ in the last bit if
-        the compiler contracts a product and an addition of the reduction into one fma, as in fma(x, x, shfl(x·x)).
+        If the lanes that write to an address belong to several warps, a "race" is reported, which is a fault. If all
+        these lanes belong to one warp, "copies" is reported, which is not a fault. For example, a butterfly reduction
+        leaves a copy of the sum in every lane of a warp, and all lanes can store their copies to one address. The
+        copies can differ in the last bit if the compiler contracts a product and an addition of the reduction into one
+        fma, as in fma(x, x, shfl(x·x)).
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]
@@ -338,7 +354,10 @@ class SharedMemory(State):
             group.committed[group.full(mask)] += 1
 
     def wait(self, group: Group, count: int, mask: Any) -> None:
-        """Complete all cp.async groups except the last `count`; if `count` is −1, also complete uncommitted copies."""
+        """Complete all cp.async groups except the `count` latest groups.
+
+        If `count` is −1, complete all groups, and also the copies that are not committed yet.
+        """
         kept = []
         for entry in group.copies:
             number_of, who, index, data, number = entry

@@ -1,4 +1,4 @@
-"""Data that all parts of an execution use: reports, groups of lanes, and arrays of the running thread blocks."""
+"""The state of an emulated kernel launch: reports, groups of lanes, and the arrays of the running thread blocks."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class Report:
         line: Line number in the PTX.
         source: File and line of the Triton source.
         detail: What was wrong.
-        count: Number of affected lanes, summed over all thread blocks. There are two exceptions. Reports on barriers
-            count thread blocks or warpgroups. Reports on the shared memory that a wgmma reads count pieces of this
-            memory: granules or chunks of 16 bytes. A report on memory that was never written counts 1 for each
-            execution of the wgmma.
+        count: Number of affected lanes or other units, summed over all thread blocks. Most reports count lanes. Some
+            reports on races and copies count a lane once for each affected word that it accesses. Reports of the kind
+            "barrier" count thread blocks or warpgroups. If the instruction is a wgmma, "shared bounds" counts chunks
+            of 16 bytes of shared memory, "race" and "proxy" count granules of shared memory (`Program.granule`), and
+            "uninitialised" counts 1 for each execution of the wgmma.
     """
 
     kind: str
@@ -121,7 +122,7 @@ class Group:
 
 
 class State:
-    """Data of one execution. Shared memory is divided into granules, whose size is `Program.granule`."""
+    """Data of one execution of a kernel. Shared memory is divided into granules, whose size is `Program.granule`."""
 
     program: Program
     grid: list[int]
@@ -172,7 +173,8 @@ class State:
     def now(self, group: Group, lanes: Any) -> np.ndarray:
         """Return the marks of an access to shared memory that the given lanes of a group make now.
 
-        The comment above `SEVERAL` describes marks. If `lanes` is None, all lanes make the access.
+        A mark is an integer made of the index of the warp and the number of barriers that its thread block has passed
+        (see the comment above `SEVERAL`). If `lanes` is None, all lanes of the group access the memory.
         """
         if group.version != self.version:
             group.marks = (self.epoch[group.block] << 10) | group.warp

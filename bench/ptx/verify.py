@@ -47,8 +47,9 @@ class EmulatedDevice(target.Device):
     def running(self) -> Iterator[None]:
         """Execute the launches of the `with` block on the emulator.
 
-        PyTorch's new uninitialised memory (`torch.empty`) is filled: floating-point memory with NaN, and integer memory
-        with the largest integer.
+        In this block, PyTorch fills memory that would otherwise be uninitialised, for example the memory of
+        `torch.empty`. It fills floating-point memory with NaN, and integer memory with the largest integer. Kernels
+        that read such memory before they write to it therefore give wrong results.
         """
         with emulated_device(self._architecture, poison=True) as self._device, self._plant():
             yield

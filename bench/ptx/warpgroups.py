@@ -56,13 +56,13 @@ class WarpgroupProducts(State):
         group.pending = kept
 
     def touch(self, group: Group, number: int, reads: Any, writes: Any, fresh: bool, mask: Any) -> None:
-        """Report an instruction that reads or writes accumulators of a wgmma in flight, or overwrites its operands.
+        """Report an instruction that reads or writes accumulators, or overwrites operands, of a wgmma in flight.
 
         Args:
             group: Lanes that execute the instruction.
             number: Index of the instruction in the kernel.
-            reads: Indices of the registers that the instruction reads, among the accumulators of wgmma.
-            writes: Indices of the registers that the instruction writes, among the accumulators and operands of wgmma.
+            reads: Indices of the accumulator registers of wgmma that the instruction reads.
+            writes: Indices of the accumulator and operand registers of wgmma that the instruction writes.
             fresh: Whether the written registers need a wgmma.fence before the next product.
             mask: Active lanes, or None for all.
         """
@@ -167,9 +167,9 @@ class WarpgroupProducts(State):
             group: Lanes that execute the instruction.
             number: Index of the instruction in the kernel.
             mask: Active lanes, or None for all.
-            shape: (n, k).
+            shape: (n, k). The instruction multiplies a 64×k matrix by a k×n matrix.
             kind: Type of the operands: "f16", "bf16" or "tf32".
-            to: Accumulators.
+            to: Accumulators before the instruction.
             a: Left operand: a tuple of registers, or a descriptor.
             b: Descriptor of the right operand.
             keep: Whether the product is added to the accumulators. Otherwise the product replaces the accumulators.
@@ -239,8 +239,8 @@ class WarpgroupProducts(State):
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
         """Report hazards of the shared memory that a product reads, and mark the memory as read.
 
-        The comment above `SEVERAL` in state.py describes marks. Here a mark has SEVERAL instead of the index of a warp,
-        because all warps of the warpgroup read this memory.
+        The comment above `SEVERAL` in state.py describes marks. A mark usually has the index of the warp that accessed
+        the memory. Here it has SEVERAL instead of the index, because all warps of the warpgroup read the memory.
         """
         chosen = active[owner]
         chunks = chunks[chosen]

@@ -29,7 +29,7 @@ class Workload(NamedTuple):
     """Launches that are counted together.
 
     Attributes:
-        name: Name of the workload in rows.
+        name: Name of the workload in the report.
         call: Function that launches the kernels for one image. Its argument is the dtype of tokens and maps.
         batch: Batch size for which times are computed: the instruction counts of one image are multiplied by `batch`.
     """
@@ -40,9 +40,10 @@ class Workload(NamedTuple):
 
 
 class _FilledMemory(TorchDispatchMode):
-    """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on its previous content.
+    """Fill tensors that PyTorch allocates uninitialised, so that instruction counts do not depend on their old values.
 
-    Later launches read results of programs that did not run, so these results must have valid values.
+    The emulator runs only some of the programs of each launch (see `sample`). Later launches also read the memory that
+    the other programs would have written, so this memory must have valid values.
     Floating-point numbers are random and between 0.5 and 1.5, so they can be used as sums, norms and probabilities.
     They are random and not constant, because the emulator would count matrix products with equal operands as
     repetitions of one product. Integers are valid landmark indices, and distinct for each head.
@@ -72,7 +73,11 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sample(name: str, grid: Sequence[int]) -> list[int] | None:
-    """Return the indices of every n-th program of a grid, where n is a power of two; None means all programs."""
+    """Return the indices of the programs that the emulator runs: every n-th program of the grid.
+
+    n is the largest power of two up to `MOST_STRIDE` with which at least `LEAST_PROGRAMS` programs run. If n is 1, all
+    programs run, and the function returns None.
+    """
     count = math.prod(grid)
     stride = min(MOST_STRIDE, 1 << max(0, (count // LEAST_PROGRAMS).bit_length() - 1))
     return None if stride == 1 else list(range(stride // 2, count, stride))
@@ -91,7 +96,15 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def key_sides(links: int, keys: int = KEYS, method: str = "leverage") -> Callable[[torch.dtype], None]:
-    """Return a function that launches the key sides of several links together, forward and backward."""
+    """Return a function that launches the forward and backward kernels of the key sides of several links together.
+
+    The key side of a link computes the landmark keys K̃ and the solution X from K and V.
+
+    Args:
+        links: Number of links.
+        keys: Number of keys of each link.
+        method: Method that chooses the landmarks.
+    """
 
     def call(dtype: torch.dtype) -> None:
         from srm_kernels.attention import key_kernels
@@ -105,7 +118,11 @@ def key_sides(links: int, keys: int = KEYS, method: str = "leverage") -> Callabl
 
 
 def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
-    """Return a function that launches the fused neck without its key sides, forward and backward."""
+    """Return a function that launches the forward and backward kernels of the fused neck, except its key sides.
+
+    The key side of a link computes the landmark keys K̃ and the solution X from K and V. `key_sides` launches these
+    kernels.
+    """
 
     def call(dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")
@@ -150,7 +167,7 @@ def counted(
     dtype: torch.dtype = torch.bfloat16,
     names: set[str] | None = None,
 ) -> Iterator[tuple[Workload, Launch]]:
-    """Yield (workload, launch) for each executed launch of the workloads; `launch.counters` has the counts.
+    """Yield (workload, launch) for each executed launch; `launch.counters` has the launch's instruction counts.
 
     Args:
         workloads: Workloads to launch.

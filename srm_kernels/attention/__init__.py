@@ -57,7 +57,10 @@ _KEY_KERNELS, _QUERY_KERNELS = f"{__name__}.key_kernels", f"{__name__}.query_ker
 def _fake_key_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return empty tensors for K̃, X (or R V), the logsumexp of each row of K̃ Kᵀ s, and the indices I."""
+    """Return empty tensors for the results of `_context`: K̃, X, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
+
+    `_fake_blocks` uses the second tensor for R V, which has the same shape and dtype as X.
+    """
     wide = wide_dtype(key.dtype)
     index = (*key.shape[:2], rank)
     return (
@@ -427,7 +430,7 @@ def landmark_side(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the key side of Nyström attention: landmark keys K̃, and solution X of the landmark system.
+    """Compute the key side of Nyström attention, the part that needs no queries: landmark keys K̃ and solution X.
 
     Source: docs/METHOD.md §2; section 3.3 of the article.
 
@@ -640,9 +643,10 @@ def _choose_backend(
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
     """Return the variant of the operator: calls that belong to different variants run different kernels.
 
-    `backend=None` therefore selects the backend separately for each variant. Landmarks chosen by leverage, uniform
-    landmarks, and landmarks that the caller passes belong to one variant. `verify` checks the results of all three.
-    It measures the times with leverage only, because leverage is the slowest.
+    With `backend=None`, the backend is selected separately for each variant. One variant contains the calls with
+    leverage landmarks, with uniform landmarks, and with landmarks that are chosen before the operator runs. `verify`
+    checks the results of all three kinds of calls, but measures only the times of the calls with leverage landmarks,
+    because these calls are the slowest.
     """
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method in ("leverage", "uniform"):

@@ -4,26 +4,26 @@ In this module, (b, h) is one head h of one image b. With at most 512 keys and r
 one launch, with one program per (b, h). The program chooses the landmarks, gathers K̃, computes W and R V (by
 an online softmax) and solves (W + λI) X = R V.
 
-With more than 512 keys, or with r or d above 64, the forward pass has several launches. The keys of a (b, h) are
-divided into parts. In the launches for the leverage scores and for R V, each part has its own program. If r·d is too
-large for one program, several programs compute R V of a part, each for `launch_rules.PIECE` landmarks. Further
-launches choose the landmarks and solve the system.
+With more than 512 keys, or with r or d above 64, the forward pass has several launches. The keys of each image and
+head are divided into parts. In the launches for the leverage scores and for R V, each part has its own program. If r·d
+is too large for one program, several programs compute what a part adds to R V, each for `launch_rules.PIECE` landmarks.
+Further launches choose the landmarks and solve the system.
 
 The backward pass first solves the transposed system and computes the gradient of K̃. It then computes dK and
 dV of every tile of keys.
 
 The solve is Gauss–Jordan elimination of A = W + λI without pivoting. The matrix A is D^-½ (S + λI) D^½, where S + λI is
-symmetric positive definite and D is diagonal (docs/METHOD.md §2.1). A, Aᵀ and S + λI therefore have the same pivots. In
-exact arithmetic, the pivots are positive. If rounding errors cancel λ, a pivot can be zero or negative. The program
-then computes A again and eliminates with partial pivoting, as the reference does. If a logit of W is not finite, X of
-the same (b, h) is NaN. Other (b, h) are not affected.
+symmetric positive definite and D is diagonal (docs/METHOD.md §2.1). A, Aᵀ and S + λI therefore have the same pivots,
+which are positive in exact arithmetic. Rounding errors as large as λ can make a pivot zero or negative. In this case,
+the program computes A again and eliminates with partial pivoting, as the reference does. If a logit of W is not finite,
+X of the same image and head is NaN. Other images and heads are not affected.
 
-K̃ is stored without normalisation. The entries of K̃ are then exact in the dtype of the tokens, and Q K̃ᵀ can be computed
-in this dtype. The columns of this product belong to the landmarks; each column is multiplied by the norm factor of its
-landmark. The disadvantage is that tokens above about 10¹⁸ overflow in the product and give NaN. The reference has no
-such overflow, because it normalises before the product.
+K̃ is stored without normalisation. Its entries are then entries of K, which are exact in the dtype of the tokens, so
+Q K̃ᵀ can be computed in this dtype. The normalisation is applied to the product: each column belongs to one landmark k,
+and is multiplied by the factor √d / (‖k‖ + 1e-6) of this landmark. The disadvantage is that tokens above about 10¹⁸
+overflow in the product and give NaN. The reference has no such overflow, because it normalises before the product.
 
-The kernels multiply logits by log₂ e and use exp2 in place of exp. With U = R V, the system is A X = U.
+The kernels multiply logits by log₂ e and use exp2 in place of exp. With A = W + λI and U = R V, the system is A X = U.
 The gradients are dU = A⁻ᵀ dX, dA = −dU Xᵀ and dR = dU Vᵀ. Sums over keys are computed in a fixed order,
 without atomics, so the results are bitwise reproducible.
 """
@@ -78,8 +78,8 @@ def gather(
 ):  # fmt: skip
     """Return R rows of K̃, starting at row `first`, as [R, D], in the dtype in which the keys are stored.
 
-    Landmark indices on a GPU are not checked in Python. This function returns a row of NaN for an index that
-    is out of range.
+    Landmark indices on a GPU are not checked in Python. Instead, this function returns a row of NaN for each
+    index that is out of range.
     """
     i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
@@ -131,7 +131,12 @@ def landmark_logits(
     keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return K̃K̃ᵀ s log₂ e [R, R]. K̃ is loaded from its fp32 copy, and multiplied in the dtype of K."""
+    """Return the logits of W for exp2: K̃K̃ᵀ s log₂ e [R, R], with normalised K̃.
+
+    `keys_ptr` points to K̃ without normalisation, stored in fp32. The function casts this K̃ to the dtype of K, computes
+    the product, and then multiplies row i and column i of the product by factor[i], the factor that normalises row i
+    of K̃.
+    """
     product = tl.zeros([R, R], tl.float32)
     for first in range(0, d, CHUNK):
         keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
@@ -187,8 +192,8 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
     """Eliminate with partial pivoting; return matrix⁻¹ rhs with permuted rows, and the permutation `place` [R].
 
-    Row i of the returned matrix is row place[i] of matrix⁻¹ rhs. In the search for a pivot, NaN is treated as infinity.
-    No row is therefore chosen twice, even if the matrix contains NaN.
+    Row i of the returned matrix is row place[i] of matrix⁻¹ rhs. The search for a pivot treats NaN as infinity, so that
+    it never chooses the same row twice, even if the matrix contains NaN.
     """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
@@ -376,7 +381,10 @@ def _mix_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the unnormalised contribution of a part of the keys to R V, for one piece of the landmarks."""
+    """Compute what one part of the keys adds to R V, for one piece of the landmarks.
+
+    The softmax is not normalised yet: `_solve_kernel` merges the parts and divides by the sum of the exponentials.
+    """
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -403,7 +411,10 @@ def _solve_kernel(
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of R V of one (b, h), in order, then compute the same results as `_context_kernel`."""
+    """Merge what the parts of the keys add to R V, then compute the same results as `_context_kernel`.
+
+    There is one program for each head of each image. It merges the parts in the order of the keys.
+    """
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     i = tl.arange(0, R)
@@ -431,7 +442,10 @@ def _solve_kernel(
 
 @triton.jit
 def load_keys(keys_ptr, key_ptr, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
-    """Load K̃ [R, D] from its fp32 copy, and cast it to the dtype of `key_ptr`. The cast is exact."""
+    """Load K̃ [R, D], which is stored in fp32, and cast it to the dtype of `key_ptr`.
+
+    The cast is exact, because the entries of K̃ are entries of K, and K has this dtype.
+    """
     return load_matrix(keys_ptr, rank, R, d, D).to(key_ptr.dtype.element_ty)
 
 
@@ -440,7 +454,7 @@ def softmax_gradient(
     keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return probabilities, the gradient of their logits, and the norm factors [BLOCK] of the tile `key`.
+    """Return probabilities, the gradient of their logits, and the factors [BLOCK] that normalise the rows of `key`.
 
     The probabilities and the gradient have one row for each row of `keys`, and one column for each row of `key`. The
     key side passes landmarks as `keys` and a tile of K as `key`. The query side passes queries and a tile of K̃.
@@ -458,7 +472,11 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return `gradient` plus the gradient of normalised K̃ through the matrix R, for keys start to stop − 1."""
+    """Return `gradient` plus the gradient with respect to normalised K̃ through columns start to stop − 1 of R.
+
+    R has one column for each key. The query side uses this function for the gradient with respect to normalised Q
+    through L: it passes queries as `keys`, and pointers to K̃ and X as `key_ptr` and `value_ptr`.
+    """
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
@@ -547,7 +565,11 @@ def _landmarks_backward_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of a piece of normalised K̃ through the matrix R, for one part of the keys."""
+    """Compute what one part of the keys adds to the gradient of normalised K̃ through R, for one piece of landmarks.
+
+    Only the columns of R that belong to this part of the keys are used. `_gathered_kernel` adds the results of all
+    parts.
+    """
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -600,7 +622,10 @@ def _tokens_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dK and dV of one tile of keys. For a landmark, dK includes the gradient of its row of K̃."""
+    """Compute dK and dV of one tile of keys.
+
+    If a key of the tile is a landmark, its row of dK also includes the gradient of the landmark's row of K̃.
+    """
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -643,15 +668,19 @@ def landmark_context(side: KeySide, ridge: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, the logits of W, R V, the logsumexp and the landmark indices I, as `reference.landmark_blocks` does."""
+    """Return the same results as `reference.landmark_blocks`, computed by the kernels.
+
+    The results are K̃, the logits of W, the product R V, the logsumexp and the landmark indices I.
+    """
     keys, rhs, lse, landmarks, logits = _context(side, None)
     return keys, logits, rhs, lse, landmarks
 
 
 def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, X, the base-2 logsumexp of each row of K̃ Kᵀ s, the landmark indices I, and an empty tensor.
+    """Return K̃, X or R V, the base-2 logsumexp of each row of K̃ Kᵀ s, the landmark indices I, and the logits of W.
 
-    If `ridge` is None, return R V in place of X, and the logits of W in place of the empty tensor.
+    If `ridge` is a number, the system is solved: the second result is X, and the fifth result is an empty tensor. If
+    `ridge` is None, the system is not solved: the second result is R V, and the fifth result holds the logits of W.
     """
     key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
     (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None

@@ -3,12 +3,13 @@
 The configurations depend on r, d, the dtype and the compute capability of the GPU. The division of tokens
 among programs also depends on N_q or N_k, but never on the batch. The sums of an image are therefore computed
 in the same order in every batch. The disadvantage is that a small batch cannot use more programs per image than
-a large batch, although a small batch needs more programs to keep a GPU busy.
+a large batch, although a small batch needs more programs per image to keep a GPU busy.
 
-The table shows times of the forward pass of the key side, for an RTX 4090 in bf16, with leverage landmarks,
-r = 64 and d = 32. A time is the sum of the times of all launches, which are estimated from the instruction
-counts of the PTX emulator (`bench/ptx`). For each head h of each image b, the table compares one program with
-several programs, one for each part of 256 keys:
+The table shows estimated times of the forward pass of the key side, which computes K̃ and X from K and V. The
+times are for an RTX 4090 in bf16, with leverage landmarks, r = 64 and d = 32. Each time is the sum over all
+launches; the time of a launch is estimated from the instruction counts of the PTX emulator (`bench/ptx`). For
+each head of each image, the keys are processed either by one program ("one program" in the table), or by several
+programs, one for each part of 256 keys ("parts"). B images with H heads give B·H heads in total:
 
     keys     one program    parts, B·H = 1    parts, B·H = 64
     1,024    98 µs          44 µs             72 µs
@@ -16,8 +17,8 @@ several programs, one for each part of 256 keys:
 
 With 512 keys, the division into parts would save at most 5 µs, but it would need four more launches. One
 program therefore processes up to 512 keys. The results in `bench/results/simulated` were computed with this
-limit. Of the cases in the table, they contain only the parts with 1,024 keys (with B·H = 8 and 64). To simulate
-another limit, change `MOST_KEYS_OF_ONE_PROGRAM`.
+limit. They have rows for 1,024 keys divided into parts, with B·H = 8 and B·H = 64. All other cases of the table
+are not in these results. To simulate another limit, change `MOST_KEYS_OF_ONE_PROGRAM`.
 
 All numbers of this module except `MOST_KEYS_OF_ONE_PROGRAM` are based on the registers and shared memory that
 `python -m bench.resources` prints. They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures
@@ -40,7 +41,7 @@ LEAST_QUERIES_OF_A_PART = 512
 LEAST_QUERIES_OF_A_GRADIENT = 1024  # each part writes 2 r d partial sums, which are read again
 MOST_HELD = 64 * 64  # largest r·d for which two tiles, each split into two 32-bit parts, fit in 99 KiB
 PIECE = 32  # landmarks in a piece of a tile that is too large
-MOST_PARTS = 32  # limit of the parts of one (b, h): partial sums need O(r (r + d)) memory and not O(N r)
+MOST_PARTS = 32  # limit for one head of one image: partial sums need O(r (r + d)) memory and not O(N r)
 
 HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate are the bottleneck
 ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per block
@@ -64,7 +65,7 @@ class Configuration(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How the tokens of one (b, h) are divided among `parts` programs; the last program can have fewer tokens."""
+    """How the tokens of one head of one image are divided among `parts` programs; the last can have fewer tokens."""
 
     tokens: int
     parts: int
@@ -120,7 +121,7 @@ def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int
 
 
 def held(rank: int, d: int) -> bool:
-    """Return whether a program holds all of K̃ and X of a (b, h) at once; if not, it uses them in pieces."""
+    """Return whether a program holds K̃ and X of one head of one image completely; if not, it reads them in pieces."""
     return _padded(rank) * _padded(d) <= MOST_HELD
 
 
@@ -136,15 +137,16 @@ def landmarks_of_a_gradient(rank: int, d: int, dtype: torch.dtype) -> int:
 
 
 def one_launch(keys: int, rank: int, d: int) -> bool:
-    """Return whether one program loops over all keys of a (b, h) in the forward pass."""
+    """Return whether one program loops over all keys of one head of one image in the forward pass."""
     return keys <= MOST_KEYS_OF_ONE_PROGRAM and not _large(rank, d)
 
 
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
-    """Return whether one program loops over all keys of a (b, h) in the backward pass.
+    """Return whether one program loops over all keys of one head of one image in the backward pass.
 
-    The backward steps on r×r matrices leave fewer registers for the loop over the keys than the forward steps.
-    With dtypes other than bf16, the function therefore limits r·d, in addition to the limits of `one_launch`.
+    In the backward pass, the steps on r×r matrices leave fewer registers for the loop over the keys than in the
+    forward pass. With dtypes other than bf16, the conditions of `one_launch` are therefore not sufficient: r·d, with
+    r and d padded, must also be at most 64 · 32.
     """
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 

@@ -11,14 +11,15 @@ If a program cannot hold all of K̃ and X (see `launch_rules.held`), it reads K�
 of queries, with an online softmax, as in attention with the keys K̃ and the values X. In this case, the
 backward pass has three launches. The first launch computes dQ, and stores two numbers per query: the
 logsumexp and δ (see `_queries_backward_kernel`). The second launch computes the partial sums of dX and dK̃.
-The third launch adds the partial sums. The first two launches use functions of `key_kernels`, with Q, K̃ and
-X in place of K̃, K and V.
+The third launch adds the partial sums. The first two launches use functions of `key_kernels`. In that module,
+K̃ attends to the keys K with the values V; in this module, Q attends to the keys K̃ with the values X.
 
-The stored Y is L X, multiplied by τ and then rounded to the dtype of Y. The scale statistic describes the
-rows y of L X before the multiplication and the rounding: their mean, and M₂ = Σ‖y − mean‖². A program
-computes the mean and M₂ of each tile of queries. Chan's formula merges the results of the tiles, and then the
-results of the programs. Let two sets of n₁ and n₂ rows have the means mean₁ and mean₂, and the sums M₂₁ and
-M₂₂. With n = n₁ + n₂, the union of the two sets has:
+The stored Y is L X, multiplied by τ and then rounded to the dtype of Y. For the scale statistic, the
+kernels also compute the mean of the rows y of L X, and M₂ = Σ‖y − mean‖². The mean and M₂ describe the rows
+before the multiplication by τ and the rounding. A program computes the mean and M₂ of each tile of queries,
+and merges the tiles with Chan's formula. `_statistics_kernel` then merges the results of all programs with
+the same formula. Let two sets of rows have the sizes n₁ and n₂, the means mean₁ and mean₂, and the sums M₂₁
+and M₂₂. With n = n₁ + n₂, the union of the two sets has:
 
     mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n
 
@@ -105,9 +106,10 @@ def _forward_kernel(
     NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over this share.
+    """Compute Y for one share of the queries of one (b, h), and the mean [d] and M₂ of the rows of L X in this share.
 
-    If PIECE is R, K̃ and X are held in registers. Otherwise, K̃ and X are read in pieces of PIECE rows.
+    R is the padded number of landmarks. If PIECE is R, the program loads K̃ and X once and holds all their rows.
+    Otherwise, it reads K̃ and X again for every tile of queries, in pieces of PIECE rows.
     """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
@@ -189,7 +191,7 @@ def _backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ of one share of the queries, and what this share adds to Lᵀ dY and to the gradient of normalised K̃."""
+    """Compute dQ of one share of the queries, and the partial sums of Lᵀ dY and of the gradient of normalised K̃."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
@@ -274,7 +276,7 @@ def _pieces_backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one share of the queries adds to Lᵀ dY and to the gradient of normalised K̃, for PIECE landmarks."""
+    """Compute PIECE rows of Lᵀ dY and of the gradient of normalised K̃, as sums over one share of the queries."""
     program = tl.program_id(0).to(tl.int64)
     first_landmark = (program % pieces).to(tl.int32) * PIECE
     program = program // pieces
@@ -315,7 +317,7 @@ def _sum_kernel(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     TAU: tl.constexpr,
 ):  # fmt: skip
-    """Compute dX, dK̃ and the share of dτ for one (b, h); the partial sums of its programs are added in order."""
+    """Add all partial sums of one (b, h), in a fixed order; compute its dX, its dK̃ and its contribution to dτ."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     i = tl.arange(0, R)

@@ -53,7 +53,10 @@ def nystrom_attention(
 def landmark_system(
     key: Tensor, value: Tensor, landmarks: Tensor, scale: float, qk_norm: str | None, solve_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the arguments of `landmark_solve`: the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
+    """Return the two inputs of `landmark_solve`.
+
+    The first input is K̃K̃ᵀs (B, H, r, r), the logits of W. The second input is the product R V (B, H, r, d).
+    """
     block_dtype = key.dtype if solve_dtype == "model" else wide_dtype(key.dtype)
     _, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
     return logits, rhs
@@ -73,7 +76,10 @@ def landmark_context(
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
+    """Return K̃, the logits of W, the product R V, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
+
+    The returned K̃ is not normalised. The other results are computed with normalised K̃ and K, unless `qk_norm` is None.
+    I contains the indices of the landmarks.
 
     The logsumexp of a row is computed as the largest logit minus the logarithm of the largest probability. This needs
     one pass less over the r×N_k logits than `torch.logsumexp`.
@@ -164,7 +170,7 @@ def rms_normalise(x: Tensor) -> Tensor:
 
 
 def _block(rows: Tensor, columns: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Compute softmax(rows columnsᵀ s), with the softmax in `dtype`. Return it in the dtype of `rows`."""
+    """Return softmax(rows columnsᵀ s) in the dtype of `rows`; only the softmax is computed in `dtype`."""
     logits = rows @ columns.mT * scale
     return logits.to(dtype).softmax(-1).to(rows.dtype)
 

@@ -93,10 +93,11 @@ def landmark_solve(
     Solvers:
 
     - "cholesky": Cholesky factorisation of S + λI, where S is symmetric and similar to W. κ₂(S + λI) is at most
-      (1 + λ)/λ. The solver needs ridge > 0, and uses the symmetric part (l + lᵀ)/2 of the logits. "lu" solves a matrix
-      instead if the factorisation fails or if the logits are not symmetric within 1e-3·(1 + max|l|). In fp32, "lu" also
-      solves a matrix if the logsumexp values of two rows of l differ by more than 41, because S could underflow. The
-      backend "triton" does not compute S, and has no such limit.
+      (1 + λ)/λ. The solver needs ridge > 0. If the logits of a matrix are symmetric within 1e-3·(1 + max|l|), their
+      symmetric part (l + lᵀ)/2 is used. If the logits are less symmetric, or if the factorisation fails, "lu" solves
+      this matrix with the original logits. In fp32, "lu" also solves a matrix if the logsumexp values of two rows of l
+      differ by more than 41, because S could underflow. The backend "triton" does not compute S, so the limit of 41
+      does not apply to it.
     - "lu": LU with partial pivoting. With ridge 0, a singular matrix gives NaN.
     - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped. If any
       are dropped, X is the minimum-norm solution, and its derivative is not defined. At large κ in fp32, "svd" is the
@@ -113,27 +114,28 @@ def landmark_solve(
     GPU, "cholesky" and "neumann" wait for the device, to find the matrices that need "lu". They do not wait during the
     capture of a CUDA graph.
 
-    A non-finite logit gives NaN in the X of its own matrix only. Gradients are exact. For a matrix that uses the series
-    of "neumann", the gradients are those of the series. For other matrices, they are computed by implicit
-    differentiation.
+    A non-finite logit gives NaN in the X of its own matrix only. Gradients are the exact gradients of X. For a matrix
+    that uses the series of "neumann", X is the truncated series, so the gradients are those of this series. For other
+    matrices, X solves A X = G, and the gradients are computed by implicit differentiation.
 
     Backends:
 
     - "torch", the default, uses this package's C++ library for "cholesky" on the CPU if the library is built. The C++
       library supports r up to 128, and does not support equilibration. In all other cases, "torch" runs the reference.
     - "triton" solves all matrices in one launch. The kernels support "cholesky" and "lu" without equilibration, r and d
-      up to 128, and all dtypes except float64. A singular matrix has NaN gradients.
+      up to 128, and all dtypes except float64. If a matrix is singular, its gradients are NaN.
 
     Args:
         logits: l = K̃K̃ᵀs (…, r, r); float64, float32, bfloat16 or float16.
         rhs: G = R V (…, r, d), with the leading axes, dtype and device of `logits`.
-        ridge: λ₀, at least 0.
+        ridge: Factor λ₀ of the ridge λ = λ₀ tr(W)/r, at least 0.
         solver: A key of `conditioning.SOLVERS`.
         equilibrate: Whether to scale W to D_r W D_c before the ridge is added (docs/METHOD.md §2.1). D_r and D_c are
             diagonal, with the entries (row or column norm + 1e-12)^-½. With ridge 0, equilibration does not change X.
-        kappa_max: Number above 0. "auto" uses "lu" for κ below this number.
-        neumann_order: m of "neumann", at least 0.
-        neumann_gate: Whether "neumann" checks convergence. If False, every matrix uses the series.
+        kappa_max: Limit of "auto", above 0: a matrix whose estimate of κ is below `kappa_max` is solved by "lu".
+        neumann_order: Highest power m in the series of "neumann", at least 0.
+        neumann_gate: Whether "neumann" checks for each matrix that the series converges. If False, every matrix uses
+            the series.
         diagnostics: True computes κ from singular values, and waits for the device. "estimate" estimates κ by
             `estimate_condition`, and does not wait. False computes no diagnostics.
         backend: A name of `backends()`, or None.

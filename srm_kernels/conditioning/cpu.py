@@ -18,7 +18,11 @@ LARGEST = 128  # r, as in the kernels for GPUs
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """Return the solution X (…, r, d) and the `Solver` (…,) used for each matrix, like `reference.landmark_solve`."""
+    """Solve the landmark systems; return the same values as `reference.landmark_solve`.
+
+    Returns:
+        The solutions X (…, r, d), and an integer tensor (…,) with the `Solver` that was used for each matrix.
+    """
     default = options.default and logits.shape[-1] <= LARGEST
     recorded = torch.is_grad_enabled() and (logits.requires_grad or rhs.requires_grad)
     if not native.BUILT or logits.device.type != "cpu" or not default or recorded:

@@ -1,25 +1,27 @@
-"""Estimate κ₂ of a matrix A from a factorisation of A, without singular values (docs/METHOD.md §2.1).
+"""Estimate the condition number κ₂ of a matrix A from a factorisation of A, without an SVD (docs/METHOD.md §2.1).
 
-The computation does not wait for the device. The estimate is the product of two lower bounds from power
-iterations: ‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min. Except for rounding, the estimate
-is therefore never larger than κ₂. The list states how far the two lower bounds can be below σ_max and
-1/σ_min:
+The computation does not make the host wait for the device. κ₂ is σ_max · (1/σ_min), where σ_max and σ_min are the
+largest and the smallest singular value of A. Power iteration gives a lower bound for each of the two factors, because
+‖A u‖/‖u‖ is at most σ_max and ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min for every vector u. The estimate is the product of the two
+lower bounds. Except for rounding, the estimate is therefore never larger than κ₂. The following list states how much
+smaller than σ_max and 1/σ_min the lower bounds can be:
 
-- σ_max: the iteration starts from the vector of ones and applies A and Aᵀ in turn, k = 8 times in all. The entries of A
-  are non-negative, so the entries of its leading singular vector are non-negative too. The cosine of the angle between
-  this singular vector and the vector of ones is at least 1/√r. The lower bound is therefore at least r^(−1/(2k)) σ_max
-  for every matrix: 0.77 σ_max at r = 64.
-- 1/σ_min: the iteration starts from a random normal vector and applies A⁻¹ and A⁻ᵀ in turn, k = 3 times in
-  all. For every t > 1, the lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³ (Dixon
-  1983, SIAM J. Numer. Anal. 20). The estimate uses the largest lower bound from 8 independent vectors. At
-  r = 64, this largest lower bound is less than 1/(10 σ_min) with probability at most 3e-18, and less than
-  1/(3 σ_min) with probability at most 1e-5.
+- Lower bound for σ_max: the iteration starts from the vector of ones and multiplies by A and Aᵀ alternately, k = 8
+  times in total. The entries of A are non-negative, so the entries of its leading singular vector are non-negative too.
+  The cosine of the angle between this singular vector and the vector of ones is at least 1/√r. The lower bound is
+  therefore at least r^(−1/(2k)) σ_max for every matrix: 0.77 σ_max at r = 64.
+- Lower bound for 1/σ_min: the iteration starts from a random normal vector and multiplies by A⁻¹ and A⁻ᵀ alternately,
+  k = 3 times in total. For every t > 1, the lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³
+  (Dixon 1983, SIAM J. Numer. Anal. 20). The iteration runs from 8 independent start vectors, and the estimate uses the
+  largest of the 8 lower bounds. At r = 64, the largest one is less than 1/(10 σ_min) with probability at most 3e-18,
+  and less than 1/(3 σ_min) with probability at most 1e-5.
 
-Vectors of random signs (±1) would not be suitable as the 8 start vectors. Such vectors give each landmark 8
-signs, one per vector. There are only 2⁸ = 256 combinations of signs, so with r = 64 there are probably two
-landmarks i and j with the same 8 signs. If these two landmarks also have equal keys, the singular vector of
-σ_min is a multiple of eᵢ − eⱼ, where eᵢ is the i-th unit vector. In each start vector, the entries i and j are
-equal, so all start vectors are orthogonal to this singular vector. The estimate can then be far below κ₂.
+The 8 start vectors for 1/σ_min must not be vectors of random signs (±1), for the following reason. Each landmark is
+one index of the vectors, so each landmark would have 8 signs, one in each vector. There are only 2⁸ = 256 combinations
+of 8 signs. With r = 64 landmarks, two landmarks i and j would therefore almost certainly have the same 8 signs. If the
+keys of i and j are also equal, the singular vector of σ_min is a multiple of eᵢ − eⱼ, where eᵢ is the i-th unit vector.
+All start vectors are orthogonal to eᵢ − eⱼ, because their entries i and j are equal. The iteration would then not
+find σ_min, and the estimate could be far below κ₂.
 """
 
 from __future__ import annotations
@@ -55,10 +57,10 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
 
 
 def _growth(apply: Callable[[Tensor, bool], Tensor], u: Tensor, steps: int) -> Tensor:
-    """Apply B and Bᵀ to u in turn, `steps` times in all; return the growth of each column of u in the last step.
+    """Multiply u by B and Bᵀ alternately, `steps` times in total; return the growth of each column in the last step.
 
-    `apply(u, transposed)` returns B u, or Bᵀ u if `transposed` is true. The growth of a column of u is its
-    norm after the step, divided by its norm before the step.
+    A step is one call `apply(u, transposed)`, which returns B u, or Bᵀ u if `transposed` is true. The growth of a
+    column of u is the norm of the column after the step, divided by the norm of the column before the step.
     """
     ratio = torch.ones_like(u[..., 0, :])
     for step in range(steps):

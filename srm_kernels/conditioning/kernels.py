@@ -56,7 +56,10 @@ def landmark_solve_backward(
     rhs: Tensor,
     options: SolveOptions,
 ) -> list[Tensor]:
-    """Return the gradients of logits and rhs by implicit differentiation, with X and solvers of the forward pass."""
+    """Return the gradients of logits and rhs by implicit differentiation.
+
+    `grads` has the gradient of X. `results` has X and the `Solver` of each matrix, as returned by `landmark_solve`.
+    """
     (grad,) = grads
     x, used = results
     a, dx = _matrices(logits), _matrices(grad)
@@ -139,9 +142,10 @@ def _entry(vector, k, R: tl.constexpr):
 def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True):
     """Return W, whether the logits are finite, and whether they are symmetric.
 
-    If a logit is not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the symmetric
-    part of the logits. To save registers, kernels call this function again wherever they need W. The loads are
-    volatile, so that the compiler does not keep the logits in registers.
+    If a logit is not finite, all logits are replaced by zeros before the softmax. With SYMMETRIC and `half`, W is the
+    softmax of the symmetric part of the logits. Without SYMMETRIC, the symmetry is not checked, and the third result is
+    True. To save registers, kernels do not keep W, but call this function wherever they need W. The loads are volatile;
+    otherwise, the compiler would keep the logits in registers.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)
@@ -169,7 +173,8 @@ def _system(
 ):
     """Return A = W + λI, padded with the identity.
 
-    After A, the function returns whether the logits are finite, and whether they are symmetric (see `_softmax`).
+    The function returns three values: A, whether the logits are finite, and whether they are symmetric (see
+    `_softmax`).
     """
     W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC, half)
     i = tl.arange(0, R)
@@ -190,9 +195,9 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
     """Factorise P a = L U, and return U, L⁻¹ P b, the smallest pivot and the largest pivot.
 
-    U is on and above the diagonal of the first result. With PIVOTING, P is a permutation, and the two returned pivots
-    are absolute values. Without PIVOTING, P is the identity, the returned pivots keep their sign, and a pivot that is
-    NaN or +∞ counts as −1.
+    U is on and above the diagonal of the first returned matrix; the entries below the diagonal have no meaning. With
+    PIVOTING, P is a permutation, and the two returned pivots are absolute values. Without PIVOTING, P is the identity,
+    the returned pivots keep their sign, and a pivot that is NaN or +∞ counts as −1.
     """
     i = tl.arange(0, R)
     smallest = float("inf")

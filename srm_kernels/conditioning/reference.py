@@ -7,8 +7,8 @@ The inputs are the logits l = K̃K̃ᵀs (…, r, r) and G = R V (…, r, d):
 Let ℓ_i be the logsumexp of row i of l, and E = diag(e^{ℓ/2}). W is similar to the symmetric matrix S = E W E⁻¹. The
 entries of S are S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½. The solver `cholesky` solves (S + λI) (E X) = E G.
 
-Equilibration replaces three matrices: W by W̃ = D_r W D_c, G by D_r G, and X by Z = D_c⁻¹ X. With the new matrix
-E = (D_c D_r⁻¹)^½ diag(e^{ℓ/2}), S = E W̃ E⁻¹ is again symmetric.
+Equilibration replaces W by W̃ = D_r W D_c, G by D_r G, and X by Z = D_c⁻¹ X. W̃ is also similar to a symmetric matrix
+S, but with another E: S = E W̃ E⁻¹ is symmetric for E = (D_c D_r⁻¹)^½ diag(e^{ℓ/2}).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
-    """Return the system, its factors and the `Solver` of each matrix; "neumann" is replaced by its fallback solver."""
+    """Return the system, its factors and the `Solver` of each matrix; for "neumann", those of its fallback solver."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
         solver = "cholesky" if ridge > 0 else "lu"
@@ -302,8 +302,8 @@ def _neumann(system: System, order: int) -> Tensor:
 def _neumann_accepts(system: System, series: Tensor) -> Tensor:
     """Return the mask (…,) of the matrices for which the Neumann series is used.
 
-    The power iteration on I − αA starts from a fixed vector of signs, from which its mean is subtracted. A vector of
-    equal entries would not be suitable, because without equilibration, I − αA maps it to zero.
+    The spectral radius of I − αA is estimated by power iteration. The start is a fixed vector of entries ±1, minus
+    their mean. A vector of equal entries would not be suitable, because without equilibration, I − αA maps it to zero.
     """
     A = system.matrix
     r = A.shape[-1]

@@ -262,13 +262,13 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
     Gradients are finite even if a row of `weights` is one-hot. The operator is differentiable in `weights`.
 
     Args:
-        weights: a (B, S), whose rows sum to 1; float64, float32, bfloat16 or float16.
+        weights: The weights a_bs, shape (B, S). Each row sums to 1. float64, float32, bfloat16 or float16.
         entropy_floor: H_min in nats, at least 0.
         backend: A name of `backends()`, or None.
 
     Returns:
-        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs). Neither is multiplied by its coefficient in the
-        total loss.
+        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs). The coefficients that these two losses have in the total
+        loss are not included.
 
     Raises:
         TypeError: The dtype is not accepted.

@@ -3,16 +3,17 @@
 `biased_gelu` processes all stages in one launch, and so does `gate_logits`. Their backward passes have no kernels and
 use the derivative of the reference, because the maps are small.
 
-The forward pass of the fusion has two launches. The first launch computes partial sums of ‖M‖² of every image. The
-second launch computes γ and γM. It computes M again from the stage maps, which are small and in the cache.
+`gated_fusion` computes γM for each image, where M is the mixture of the stage maps and the gain γ limits the norm of M.
+The forward pass has two launches. The first launch computes partial sums of ‖M‖² of every image. The second launch
+computes γ and γM. It computes M again from the stage maps, which are small and in the cache.
 
-The backward pass of the fusion also has two launches. The first launch computes the inner products that the
-gradients of γ and of the stage weights need. The second launch computes the gradients of the stage maps and
-of the logits.
+The backward pass of `gated_fusion` has two launches. The first launch computes inner products, from which the second
+launch derives the gradients of γ and of the stage weights. The second launch then computes the gradients of the stage
+maps and of the logits.
 
-Both passes of the fusion divide each image into parts. The division depends only on the shape of the maps,
-and the sums of the parts are added in a fixed order. The result of an image therefore does not depend on the
-batch.
+The forward and the backward pass of `gated_fusion` split each image into parts of `BLOCK` elements, and add the sums of
+the parts in a fixed order. The number of parts depends only on C, h and w. The result of an image therefore does not
+depend on the other images of the batch.
 
 One program computes the losses, whatever the batch size is.
 """
@@ -51,14 +52,14 @@ def pick(vector, index, STAGES: tl.constexpr):
 
 @triton.jit
 def element_offsets(element, h, w, stride_c, stride_h, stride_w):
-    """Return 64-bit memory offsets of elements, which are given by their flat indices in (C, h, w)."""
+    """Return the 64-bit memory offset of each element of a map for the flat indices `element` in (C, h, w)."""
     c, y, x = element // (h * w), element // w % h, element % w
     return c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
 @triton.jit
 def activated(map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w):
-    """Return GELU(m + b) at the given elements of an image, [BLOCK]; b is rounded to the dtype of m."""
+    """Return GELU(m + b), [BLOCK], at the given elements of an image's map m. The bias b is rounded to m's dtype."""
     offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
     bias = tl.load(bias_ptr + element // (h * w), mask=inside, other=0.0).to(map_ptr.dtype.element_ty)
     x = tl.load(map_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias.to(tl.float32)
@@ -70,7 +71,7 @@ def _gelu_kernel(
     map_ptrs, bias_ptrs, out_ptr, batch, elements, h, w, parts, strides_b, strides_c, strides_h, strides_w,
     S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute GELU(m + b) for one part of the map of one stage and image; `out` is (S, B, C, h, w)."""
+    """Compute GELU(m + b) for one part of one map m: the map of one stage and one image. `out` is (S, B, C, h, w)."""
     program = tl.program_id(0).to(tl.int64)
     image, part = program // parts, (program % parts).to(tl.int32)
     stage, b = image // batch, image % batch
@@ -142,7 +143,10 @@ def _fuse_kernel(
     eps, margin, CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute γM of one part of an image; the program of the first part also writes a, γ and ‖M‖."""
+    """Compute one part of the fused map γM of an image.
+
+    The program of the first part also writes the stage weights a, the gain γ and the norm ‖M‖ of the image.
+    """
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     weights = softmax_weights(logits_ptr + b * logits_stride_b, logits_stride_s, temperature, S, STAGES)
@@ -171,7 +175,10 @@ def _products_kernel(
     stride_h, stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, S: tl.constexpr,
     STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute ⟨dF, P_s⟩ and ⟨M, P_s⟩ over one part of an image, [2, S]. dF is the gradient of γM."""
+    """Compute the inner products ⟨dF, P_s⟩ and ⟨M, P_s⟩ of all S stages over one part of an image, [2, S].
+
+    P_s is the map of stage s, M = Σ_s a_s P_s is the mixture, and dF is the gradient of the fused map F = γM.
+    """
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     s = tl.arange(0, STAGES)
@@ -198,9 +205,10 @@ def _fusion_backward_kernel(
 ):  # fmt: skip
     """Compute dP_s = a_s dM, the gradient of each stage map P_s, for one part of an image.
 
-    dM is the gradient of the mixture M = Σ_s a_s P_s, and equals γ dF + (d‖M‖/‖M‖) M. Here dF is the gradient of γM.
-    d‖M‖ is the gradient of ‖M‖; it includes the gradient that reaches ‖M‖ through γ. The program of the first part
-    also writes the gradient of the logits.
+    M = Σ_s a_s P_s is the mixture, and F = γM is the fused map. dM, dF and d‖M‖ are the gradients of the loss with
+    respect to M, F and ‖M‖, and dM = γ dF + (d‖M‖ / ‖M‖) M. γ depends on ‖M‖, so d‖M‖ includes the gradient through γ.
+
+    The program of the first part also writes the gradient of the logits.
     """
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
@@ -361,7 +369,10 @@ def gated_fusion_backward(
     temperature: float,
     eps: float,
 ) -> list[Tensor]:
-    """Return [dP, dg], the gradients of stage maps and logits, from the gradients of the results of `gated_fusion`."""
+    """Return [dP, dg], the gradients of the stage maps P and of the logits g.
+
+    `grads` contains the gradients of the results of `gated_fusion`.
+    """
     _, weights, gain, norm = results
     dtype, maps = maps.dtype, readable(maps)
     dfused, dweights, dgain, dnorm = readable(grads[0]), *(grad.contiguous() for grad in grads[1:])
@@ -418,9 +429,10 @@ def _shape(maps: Tensor) -> dict[str, Any]:
 
 
 def _margin(dtype: torch.dtype) -> float:
-    """Return 1 − 2u, where u is the unit roundoff of `dtype` if it is bf16 or fp16; otherwise return 1.
+    """Return the factor by which the kernels multiply the gain cap c for maps of `dtype`.
 
-    Rounding γM to half precision can increase its norm. The kernels multiply the gain cap c by 1 − 2u, so that
-    ‖γM‖_F ≤ c also holds after rounding.
+    For bf16 and fp16, the factor is 1 − 2u, where u is the unit roundoff of `dtype`. For other dtypes, the factor is 1.
+    Rounding γM to bf16 or fp16 can increase the norm of γM. Because of the factor 1 − 2u, ‖γM‖_F ≤ c also holds after
+    rounding.
     """
     return 1 - torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1.0

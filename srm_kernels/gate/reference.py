@@ -15,7 +15,7 @@ from ..checks import wide_dtype
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Return u of the output's dtype: the unit roundoff for bf16 and fp16, and 0 for fp32 and fp64."""
+    """Return the u of docs/METHOD.md §4: the unit roundoff of `dtype` if it is bf16 or fp16, else 0."""
     return torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
@@ -49,7 +49,14 @@ def _activated(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]
 def gated_fusion(
     maps: Tensor, logits: Tensor, cap: Tensor | None, cap_factor: float, temperature: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return γM (B, C, h, w), a (B, S), γ (B,) and ‖M‖_F (B,), with M = Σ_s a_s P_s and a = softmax(g / T)."""
+    """Fuse the maps of the stages into M = Σ_s a_s P_s, and limit the norm of M with the gain γ (docs/METHOD.md §4).
+
+    P is `maps` (B, S, C, h, w). The weights of the stages are a = softmax(g / T), where g is `logits` (B, S) and T is
+    `temperature`. The gain cap c is `cap` · `cap_factor`. If `cap` is None, M is not limited.
+
+    Returns:
+        γM (B, C, h, w), a (B, S), γ (B,) and ‖M‖_F (B,).
+    """
     wide = wide_dtype(maps.dtype)
     weights = (logits.to(wide) / temperature).softmax(-1)
     M = torch.einsum("bs,bschw->bchw", weights, maps.to(wide))

@@ -87,8 +87,8 @@ def select_landmarks(
     The indices are not differentiable. With every method except "uniform", a small change of the keys can
     change the indices, and results that are computed from the landmarks then jump. If the keys are linearly
     independent, which requires N_k ≤ d, all leverage scores are nearly equal: they differ from 1 by amounts
-    of the order of γ. In this case, even a very small change of the keys can change indices that depend on
-    these scores.
+    of the order of γ. The methods "leverage" and "kmeans++" sort the keys by these scores, so even a very small
+    change of such keys can change the indices.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -139,7 +139,7 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str |
 def landmark_options(
     rank: int, method: str, gamma: float, generator: torch.Generator | None
 ) -> LandmarkOptions:
-    """Return the options for a choice of landmarks; raise ValueError or TypeError if one is not accepted."""
+    """Return the arguments as `LandmarkOptions`; raise ValueError or TypeError if an argument is not accepted."""
     rank = check_count("rank", rank)
     check_choice("method", method, tuple(LANDMARK_METHODS))
     check_number("gamma", gamma, above=0)
@@ -151,8 +151,8 @@ def landmark_options(
 def kernel_limits(d: int, rank: int = 1) -> str | None:
     """Return the reason why no kernel supports these sizes, or None.
 
-    With supported sizes, the kernels for landmarks and attention fit in the shared memory of every supported
-    GPU, which is at least 99 KiB per thread block.
+    Every supported GPU has at least 99 KiB of shared memory per thread block. With supported sizes, the kernels
+    for landmarks and attention fit in the shared memory of every supported GPU.
     """
     if not 8 <= d <= 128:
         return f"its kernels support d from 8 to 128, and d is {d}"

@@ -1,12 +1,12 @@
-"""Triton kernels for the choice of landmarks: leverage scores, the choice of the largest scores, and pivoted Cholesky.
+"""Triton kernels that choose landmarks: leverage scores, search for the largest scores, and pivoted Cholesky.
 
 One program processes one image b and head h, and loops over the keys of this (b, h) in chunks. The result of an image
 does not depend on the other images of the batch. Implementation:
 
-- Leverage: the score of a key is ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ. This form is never negative. The
-  kernels apply L⁻¹ to a key by a triangular solve, in chunks of 16 columns. They do not compute the matrix
-  L⁻¹, because a product with L⁻¹ has 2 to 10 times the error of the triangular solve if the keys span fewer
-  than d directions.
+- Leverage: KᵀK + γI is factorised as L P Lᵀ, with L unit lower triangular and P diagonal. The score of a key k
+  is ‖P^-½ L⁻¹ k‖², which is never negative. The kernels apply L⁻¹ to a key by a triangular solve, in chunks
+  of 16 columns. They do not compute the matrix L⁻¹, because a product with L⁻¹ has 2 to 10 times the error of
+  the triangular solve if the keys span fewer than d directions.
 - The r largest scores are found without sorting all scores. If the bits of non-negative floating-point
   numbers are read as integers, these integers have the same order as the numbers. The r-th largest score,
   called the threshold, can therefore be found bit by bit. The threshold starts as 0. For each bit, from the
@@ -153,7 +153,10 @@ def store_leverage(
 
 @triton.jit
 def load_bits(scores_ptr, start, N):
-    """Load a tile of scores [TILE] as integers that compare as the scores do. NaN becomes infinity; padding is -1."""
+    """Load a tile of scores [TILE] as integers, so that a larger score gives a larger integer.
+
+    NaN is loaded as infinity. The padding after the last score is -1, which is less than every score.
+    """
     rows = start + tl.arange(0, TILE)
     score = tl.load(scores_ptr + rows, mask=rows < N, other=0.0)
     bits = tl.where(score == score, score, INFINITY).to(tl.int32, bitcast=True)
@@ -279,7 +282,7 @@ def store_pivots(
 def _free(residual):
     """Convert the residual of a key to the value that the search for the next pivot compares.
 
-    The value is −∞ for a key that was already chosen, infinity for a NaN residual, and max(residual, 0) otherwise.
+    The result is −∞ for a key that was already chosen, infinity for a NaN residual, and max(residual, 0) otherwise.
     """
     known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
     return tl.where(residual == -INFINITY, -INFINITY, known)
@@ -351,12 +354,12 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Choose landmarks by `options.method`, which must have kernels, and return their indices (B, H, r)."""
+    """Return the indices (B, H, r) of landmarks chosen by `options.method`, a method of `METHODS_OF_KERNELS`."""
     return selected(key, options, scale, normalise=False)
 
 
 def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: bool) -> Tensor:
-    """Choose landmarks as `select_landmarks` does; first RMS-normalise the keys if `normalise` is true."""
+    """RMS-normalise the keys if `normalise` is true, then choose landmarks as `select_landmarks` does."""
     B, H, N, d = key.shape
     keys, rank = readable(key), options.rank
     landmarks = empty((B, H, rank), key, torch.int64)

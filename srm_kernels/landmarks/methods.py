@@ -6,12 +6,14 @@
   score. The choice is random. Models use this method in training only; in evaluation, they use "leverage"
   instead.
 - "uniform": the keys with the indices ⌊(i + 0.5) N / r⌋, i = 0, …, r − 1.
-- "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys with the largest leverage give r centres.
-  One after the other, each centre takes the nearest key that no earlier centre has taken. All N keys are
-  candidates. The r keys that were taken are the landmarks. The choice is random.
-- "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Diagonal
-  entries whose relative difference is at most 1e-5 count as equal; among them, the lower index is chosen. The
-  cost is O(N r (d + r)).
+- "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys with the largest leverage scores give r centres.
+  The centres are then processed one after the other: each centre takes, of all N keys, the nearest key that no
+  earlier centre has taken. The r keys that were taken are the landmarks. The seeding is random, so the choice is
+  random too.
+- "pivoted_cholesky": r steps of a pivoted Cholesky factorisation of the kernel matrix exp(K Kᵀ s). The residual is
+  the kernel matrix minus its approximation by the steps so far. Each step chooses the key with the largest diagonal
+  entry of the residual. Entries that are smaller than the largest entry by a relative difference of at most 1e-5
+  count as equal to it; of these keys, the key with the lowest index is chosen. The cost is O(N r (d + r)).
 
 To add a method, write its function, add an entry to `LANDMARK_METHODS`, and add a line to this list. Configs,
 the command line, reports and studies read the entries of `LANDMARK_METHODS`, so they need no change.
@@ -76,7 +78,10 @@ class LandmarkMethod(NamedTuple):
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Return the indices (B, H, r) of the landmark keys; if `random` is None, a random method uses seed 0."""
+    """Return the indices (B, H, r) of the landmark keys.
+
+    If `random` is None, a method that needs random numbers draws them with seed 0.
+    """
     method = LANDMARK_METHODS[options.method]
     count = method.draws(options.rank, key.shape[2])
     if random is None:
@@ -125,10 +130,10 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kmeans(chosen_from: Keys) -> Tensor:
-    """Run k-means++ seeding and Lloyd steps on the 2r keys with the largest leverage.
+    """Run k-means++ seeding and Lloyd steps on the 2r keys with the largest leverage scores.
 
-    After the Lloyd steps, one centre after the other takes a key: of all N keys, the nearest key that no earlier
-    centre has taken.
+    After the Lloyd steps, the centres are processed one after the other: each centre takes, of all N keys, the nearest
+    key that no earlier centre has taken. The keys that were taken are the landmarks.
     """
     scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
     keys = chosen_from.key.to(scores.dtype)
@@ -163,7 +168,7 @@ def _kmeans(chosen_from: Keys) -> Tensor:
 
 
 def _pivoted_cholesky(keys: Keys) -> Tensor:
-    """Choose in each of r steps the key with the largest residual diagonal of exp(K Kᵀ s).
+    """Choose in each of r steps the key with the largest diagonal entry of the residual of exp(K Kᵀ s).
 
     Ties go to the lower index.
     """

@@ -1,7 +1,7 @@
 """The fused neck: all links of a schedule, from the backbone's maps to the gate's input (docs/METHOD.md §1 and 3).
 
 `project_sources` and `landmark_side` compute the key side of the links. `pooled_links` computes the query side, and
-`merge_links` computes the updated maps.
+`merge_links` computes the pooled updated maps.
 """
 
 from __future__ import annotations
@@ -176,10 +176,11 @@ def project_sources(
     operator is twice differentiable in all tensors.
 
     Args:
-        tokens: T (B, N, C), or A F if `shift` is given; float64, float32, bfloat16 or float16, any strides.
+        tokens: (B, N, C), float64, float32, bfloat16 or float16, any strides. Without `shift`, these are the tokens T.
+            With `shift`, they are the tokens before the bias a is added, that is, the product of F and A.
         key_weights: W_K (C, C) of each link, as `torch.nn.Linear` stores it.
         value_weights: W_V (C, C) of each link.
-        shift: a (C,). If it is given, T is `tokens` + a. With None, T is `tokens`.
+        shift: The bias a (C,), or None. If it is given, T is `tokens` + a.
         dyt: (α, w, b) of each link. None means no DyT: K = T W_K and V = T W_V.
         backend: A name of `backends()`, or None.
 
@@ -226,9 +227,9 @@ def pooled_links(
     """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
     P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. Pooling is linear, so pool(L X) = P̄ X.
-    `merge_links` computes this product. If dY is the gradient of pool(L X), `merge_links` gives X the
-    gradient P̄ᵀ dY. `pooled_links` gives X no gradient, and is differentiable in all other tensors. With
-    every backend, second derivatives are computed by the code of the backend "reference".
+    `merge_links` computes the product P̄ X, and its backward pass computes the gradient with respect to X: P̄ᵀ times
+    the gradient with respect to P̄ X. `pooled_links` is therefore differentiable in all tensors except X. With every
+    backend, second derivatives are computed by the code of the backend "reference".
 
     A NaN in F affects only P̄ and pool(F) of the same image. A NaN in K̃ affects only P̄ of the same image
     and head. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
@@ -324,8 +325,8 @@ def merge_links(
         backend: A name of `backends()`, or None.
 
     Returns:
-        The updated maps (B, S, C, P, P) of all S stages, in the maps' dtype. The part `[:, s]` of each stage s is
-        contiguous.
+        The pooled updated maps (B, S, C, P, P) of all S stages, in the maps' dtype. The part `[:, s]` of each stage s
+        is contiguous.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -384,14 +385,15 @@ def serves_pooled_links(
         d: Channels of one head.
         rank: r, before it is clamped to the number of keys.
         keys: Number of keys of each link.
-        size: P.
+        size: P of the P×P grid.
         channels: C if the links have DyT or normalised queries, else 0.
         backend: A name of `backends()`, or None.
 
     Returns:
         False if the backend is "triton" and its kernels do not support these sizes. Otherwise True. With
-        `backend=None`, the device's verdict selects the backend by the dtype and d; the other sizes have no effect
-        on this choice. `pooled_links` prefers the kernels in the same cases.
+        `backend=None`, the verdict of the device (the results of `python -m srm_kernels verify`) selects the backend by
+        the dtype and d. The other sizes do not affect this choice. `pooled_links` uses the same verdict, so both
+        functions prefer the kernels for the same dtypes and values of d.
 
     Raises:
         NotImplementedError: The requested backend cannot run the call.
@@ -408,9 +410,9 @@ def _choose_backend(
 ) -> str:
     """Choose the backend.
 
-    The verdict of the device ranks the backends. Of all sizes, only d affects this ranking. The other sizes
-    only decide whether the kernels can run. `serves_pooled_links` uses the same ranking, so it prefers the
-    kernels in the same cases.
+    The verdict of the device (the results of `python -m srm_kernels verify`) ranks the backends. Of all sizes, only d
+    affects this ranking. The other sizes only decide whether the kernels can run. `serves_pooled_links` uses the same
+    ranking, so `pooled_links` and `serves_pooled_links` prefer the kernels for the same dtypes and values of d.
     """
     return choose_kernels(
         requested,

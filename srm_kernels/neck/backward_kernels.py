@@ -6,8 +6,8 @@ pass, Q and dQ of all links are in memory at full resolution. This module launch
 
 1. The first launch computes dQ of all links. Each of its programs also computes a partial sum of dK̃.
 2. The second launch adds the partial sums of dK̃.
-3. The third launch computes dF of all maps. It adds the gradient through pool(F) to the gradient through Q,
-   which is computed between the second and the third launch.
+3. The third launch computes dF of all maps: the gradient through pool(F) plus the gradient through Q. The gradient
+   through Q is computed between the second and the third launch.
 
 Each element of dQ and dF is computed by one program. This program reads and adds the gradients of all cells
 that contain the position of the element. No launch uses atomics: the first launch writes the partial sums of

@@ -22,7 +22,7 @@ POSITIONS = 4096  # approximate positions per tile; logits of 8 images, 8 heads 
 
 
 def _tiles(m: Tensor, size: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield, for each tile, the slice of its M positions and their weights (P², M) in the means of the P×P cells."""
+    """Yield each tile of a map: the slice of its M positions, and their weights (P², M) in the means of P² cells."""
     height, width = m.shape[2:]
     rows, columns = (cell_weights(length, size, like) for length in (height, width))
     for tile in tiles_of(height, width, POSITIONS):

@@ -5,8 +5,8 @@ the tokens' dtype. It rounds intermediate results at the same points as the modu
 
 `merge_links` computes, from P̄ and pool(F), the maps that the gate reads. The product P̄ X is computed in
 fp32: X can be many times larger than P̄ X, and if X were rounded to half precision, the error of P̄ X would
-be large. The other products are computed in the dtype of pool(F). Of all results, only τ P̄ X and the final
-sum are rounded to this dtype.
+be large. In all other products, both factors have the dtype of pool(F), and the result is fp32. Two results are
+rounded to the dtype of pool(F): τ P̄ X, because it is a factor of the next product, and the final maps.
 
 Both operators read only small tensors, so their backward passes have no Triton kernels. In the backward pass,
 autograd differentiates the code of the backend "reference". Its matrix products are therefore computed by

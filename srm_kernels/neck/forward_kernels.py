@@ -14,25 +14,25 @@ There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
   not average out this error.
 
   A map is pooled over a grid of P×P cells. A strip is a group of neighbouring cells in one row of cells. A
-  program computes P̄ of one strip for one image and head. All tiles of the strip have the same shape, so the
-  program can add their probabilities elementwise. The result has one sum for each position of a tile. At the
-  end, for each cell, the program adds the sums whose columns belong to the cell, and divides by the number of
-  positions of the cell.
+  program computes P̄ of one strip for one image and head. It reads the strip in tiles of the same shape, and
+  adds the probabilities of all tiles elementwise, so it keeps one sum for each position within a tile. At the
+  end, for each cell, the program adds the sums of the positions that lie in the cell's columns of the map, and
+  divides by the number of positions of the cell.
 - Queries from tokens are used if there is DyT or query normalisation. A program computes one cell of an image,
   tile by tile. For each tile, it computes T = A F + a in groups of channels. If the link has DyT, the program
   applies DyT to each group. It then multiplies the group by W_Q and adds the product to Q of all heads. After
   the last group, it computes the logits and probabilities of one head after the other. A and W_Q are read in
   pieces. From tile to tile, the program keeps only the sums of the probabilities of all heads, [H, r], and the
-  statistic. Neighbouring cells overlap unless P divides both the height and the width of the map. If several
-  cells contain a position, the position is computed once for each of these cells.
+  mean and M₂ of the rows of Y. Neighbouring cells overlap unless P divides both the height and the width of the
+  map. If several cells contain a position, the position is computed once for each of these cells.
 
 The same launch also has programs that compute pool(F).
 
 If X is given, a program also computes y = L X for each tile. By Chan's formula, it merges the mean and M₂ of
-the tile with those of its earlier tiles. Another launch merges the results of the programs. The statistic
-could also be computed from X and the second moments LᵀL, but this alternative has two disadvantages. First, X
-can be many times larger than Y, and large squares would then cancel. Second, the r×r moments need more
-multiplications than L X if r > d.
+the tile with those of its earlier tiles. Another launch merges the results of the programs. The mean and M₂
+could also be computed without Y, from X and the moments of the rows of L (their sum and the matrix LᵀL). But
+this alternative has two disadvantages. First, X can be many times larger than Y, and large squares would then
+cancel. Second, the r×r matrix LᵀL needs more multiplications than L X if r > d.
 
 The number of programs per image is a compile-time constant. It does not depend on the batch size, so a new
 batch size needs no compilation. Programs are ordered by link, then by image. The first program of a link has
@@ -92,9 +92,11 @@ def pick_pointer(pointers, index, COUNT: tl.constexpr):
 
 @triton.jit
 def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return b·H + h, the index of the row of cells, and the rows and columns [BLOCK] of a tile's positions.
+    """Return (b·H + h, i, rows, columns) of a program that computes one tile, a part of the i-th row of cells.
 
-    The rows are counted from the top of the tile, but the columns from the left edge of the map.
+    b is the image and h the head. The program computes BLOCK positions of the tile at a time. `rows` [BLOCK] has their
+    rows, counted from the first of these rows. `columns` [BLOCK] has their columns, counted from the left edge of the
+    map.
     """
     head = program // (SIZE * blocks)
     i = (program // blocks % SIZE).to(tl.int32)
@@ -105,7 +107,10 @@ def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexpr):
-    """Load the d channels of every position, [BLOCK, D]; padding and positions not in `inside` get 0."""
+    """Load the d channels of every position, padded with zeros to [BLOCK, D].
+
+    Positions for which the mask `inside` is False are also 0.
+    """
     channels = tl.arange(0, D)
     mask = inside[:, None] & (channels < d)[None, :]
     return tl.load(ptr + offsets[:, None] + channels.to(tl.int64)[None, :] * stride, mask=mask, other=0.0)
@@ -204,12 +209,12 @@ def strip(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute P̄ of one strip for one image and head, and the statistic of the positions that the strip owns.
+    """Compute P̄ of the cells of one strip, and the strip's part of the scale statistic, for one image and head.
 
     The map is divided into P×P cells. Neighbouring cells and strips share positions unless P divides both the
-    height and the width of the map. P̄ of a cell uses all positions of the cell. But the statistic (mean and M₂
-    of the rows of Y = L X) must count each position once, so only one strip, the owner of the position, counts
-    it. The owner is the last strip that contains the position.
+    height and the width of the map. P̄ of a cell uses all positions of the cell. But the scale statistic (mean
+    and M₂ of the rows of Y = L X) must count each position once. If several strips contain a position, only the
+    last of them counts it.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -338,11 +343,10 @@ def cell_probabilities(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute P̄ of one cell of an image for every head, and the statistic of the positions that the cell owns.
+    """Compute P̄ of one cell of an image, and the cell's part of the scale statistic, for every head.
 
-    The statistic (mean and M₂ of the rows of Y = L X) must count each position once, so only one cell, the owner of
-    the position, counts it. The owner is the last cell that contains the position. `batch_index` is link · B + b, an
-    index over the images of all links.
+    The scale statistic (mean and M₂ of the rows of Y = L X) must count each position once. If several cells contain a
+    position, only the last of them counts it. `batch_index` is link · B + b, an index over the images of all links.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -495,8 +499,9 @@ def _absorb_kernel(
 ):  # fmt: skip
     """Compute COLUMNS channels of Gᵀ [r, C_i], and g [r], for one image, head and link.
 
-    G and g contain the factor log₂ e, because the softmax uses exp2. W_Q A and W_Q a are computed again for every
-    image. A separate launch could compute them once for all images, but would take at least as much time.
+    G and g contain the factor log₂ e, because the softmax uses exp2. W_Q A and W_Q a are the same for all images, but
+    this kernel computes them again for every image. A separate launch, which computes them only once, would not save
+    time: the launch would take at least as long as the repeated computation.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):

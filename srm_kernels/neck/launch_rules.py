@@ -72,9 +72,9 @@ def forward_positions(
 ) -> int:
     """Return the number of positions of a tile in the forward kernel that uses absorbed queries.
 
-    `forward_kernels` explains absorbed queries. The tile is so small that it fits in registers. If `statistics`
-    is true, the tile and X [r, d] fit in registers together. The numbers were chosen from the register counts
-    that `python -m bench.resources` prints.
+    The docstring of `forward_kernels` explains absorbed queries. The tile is so small that it fits in registers.
+    If `statistics` is true, the tile and X [r, d] fit in registers together. The numbers of positions were chosen
+    from the register counts that `python -m bench.resources` prints.
     """
     if not statistics:
         return 32 if capability >= (12, 0) else 64
@@ -122,9 +122,10 @@ def token_tile(
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
     """Return the number of warps of a program in the forward kernel that uses absorbed queries.
 
-    `forward_kernels` explains absorbed queries. A program has 2 warps if `statistics` is true, the dtype is
-    bf16 and `heavy(rank, d)` is false. A tile then has 32 positions, and two warps cover the 32 rows of a
-    product. More warps would repeat the work of these two. In all other cases, `warps` gives the number.
+    The docstring of `forward_kernels` explains absorbed queries. A program has 2 warps if `statistics` is true,
+    the dtype is bf16 and `heavy(rank, d)` is false. A tile then has 32 positions, and two warps cover the 32 rows
+    of a product. More warps would repeat the work of these two. In all other cases, a program has
+    `warps(rank, d)` warps.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 

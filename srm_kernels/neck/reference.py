@@ -3,8 +3,10 @@
     T = A F + a   Q = DyT(T) W_Q   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
 F (B, C_i, h, w) is a map of the backbone, and T (B, N, C) are its tokens. Q is (B, H, N, d).
-L is (B, H, N, r). P̄ (B, H, P², r) holds the means of L over the cells of a P×P grid. Pooling is linear, so
-the pooled updated map of a target t with the links ℓ can be computed from pool(F_t) and P̄:
+L is (B, H, N, r). P̄ (B, H, P², r) holds the means of L over the cells of a P×P grid.
+
+The links ℓ into a stage t update the map of this stage. Pooling is linear, so the average of the updated map over each
+cell of the grid can be computed from pool(F_t) and P̄, without the updated map at full resolution:
 
     pool(A_t F_t + a_t + β_t Σ_ℓ τ_ℓ L_ℓ X_ℓ W_O,ℓ) = A_t pool(F_t) + a_t + β_t Σ_ℓ τ_ℓ P̄_ℓ X_ℓ W_O,ℓ.
 """
@@ -50,10 +52,10 @@ def project_sources(
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return P̄, pool(F), the mean of the rows y of Y = L X, and the spread Σ‖y − mean‖².
 
-    P̄ is (L, B, H, P², r) in fp32 (fp64 for fp64 inputs), with the largest r of all links. Entries beyond a link's own r
-    are 0. pool(F) is (B, P², ΣC_i). The mean (L, B, H, d) and the spread (L, B, H) are computed over all N positions of
-    a target map. Both are empty if `sides.xs` is empty. T, DyT(T) and Q have the dtype of F, as in the modules of the
-    unfused neck.
+    P̄ is (links, B, H, P², r) in fp32 (fp64 for fp64 inputs). Its r is the largest r of all links; entries beyond a
+    link's own r are 0. pool(F) is (B, P², ΣC_i). Y has one row y for each of the N positions of a link's target map.
+    The mean of these rows is (links, B, H, d), and their spread is (links, B, H). If `sides.xs` (X) is empty, the mean
+    and the spread are empty tensors. T, DyT(T) and Q have the dtype of F, as in the modules of the unfused neck.
     """
     most, size = max(k.shape[2] for k in sides.keys), sides.size
     probabilities, means, spreads = [], [], []
@@ -104,7 +106,10 @@ def merge_links(
     betas: Sequence[Tensor],
     targets: Sequence[int],
 ) -> Tensor:
-    """Return the pooled updated maps, (S, B, C, P, P), in the dtype of pool(F); `betas` has one entry per link."""
+    """Compute the updated maps of S stages, averaged to P×P, from pool(F) and P̄.
+
+    The result (S, B, C, P, P) has the dtype of pool(F). `betas` has one entry for each link: the β of its target.
+    """
     dtype = pooled.dtype
     bases = pooled.split([weight.shape[1] for weight in align_weights], -1)
     maps = [

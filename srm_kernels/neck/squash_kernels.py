@@ -1,8 +1,9 @@
 """Two Triton kernels for the backward pass of the pooled links with DyT.
 
-The forward pass does not save the queries Q, so the forward kernel computes Q again during the backward pass. The
-backward kernel computes the gradients of T, of DyT's parameters and of the bias a. Every row of F (M, C_i) is one
-position of a map. The kernels compute:
+The forward pass of the links does not save the queries Q. The backward pass therefore starts with the "forward kernel"
+of this module, which computes Q again. After the gradient dQ is known, the "backward kernel" computes from dQ the
+gradients of T, of DyT's parameters and of the bias a. Every row of F (M, C_i) is one position of a map. The kernels
+compute:
 
     forward kernel:     T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
     backward kernel:    dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD

@@ -83,9 +83,9 @@ class Grid:
         into.baddbmm_(rows.expand(H, P, height), across.view(H, height, P * r))
 
     def pool_backward(self, logits: Tensor, tile: Tile, grad: Tensor, space: Workspace) -> Tensor:
-        """Return the gradient of logits (H, M, r) from `grad` (H, P, P·r), the gradient of the cell means.
+        """Return the gradient of a tile's logits (H, M, r).
 
-        The logits are overwritten.
+        `grad` (H, P, P·r) is the gradient of the cell means of the probabilities. The logits are overwritten.
         """
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
@@ -159,7 +159,10 @@ def new_results(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:
-    """Fold A, a, W_Q and, with DyT, α, w and b into the weights of `Folded`, all in fp32 or fp64."""
+    """Fold A, a and W_Q, and with DyT also α, w and b, into the weights of `Folded`.
+
+    All arguments and results are fp32, or all are fp64.
+    """
     if dyt is None:
         return Folded(None, Affine(query_weight @ align.weight, query_weight @ align.bias))
     alpha, weight, bias = dyt
@@ -168,7 +171,10 @@ def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:
 
 
 def fold_backward(grads: Folded, align: Affine, query_weight: Tensor, dyt: DyT | None) -> list[Tensor]:
-    """Return the gradients of A, a, W_Q and, with DyT, α, w and b, from the gradients of the folded weights."""
+    """Return the gradients of A, a and W_Q, and with DyT also of α, w and b.
+
+    `grads` has the gradients of the folded weights.
+    """
     douter, dbias = grads.outer
     if dyt is None:
         dquery = douter @ align.weight.mT + dbias.outer(align.bias)

@@ -174,7 +174,10 @@ class _Backward:
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return P̄ (links, B, H, P², r), pool(F) (B, P², ΣC_i) and the moments of Y = L X, as the reference does."""
+    """Return P̄ (links, B, H, P², r), pool(F) (B, P², ΣC_i), and the mean and spread of the rows of Y = L X.
+
+    X is `sides.xs`. The results are described in detail in the docstring of `reference.pooled_links`.
+    """
     keys, xs, size = sides.keys, sides.xs, sides.size
     B, H = keys[0].shape[:2]
     probabilities, means, spreads = new_results(sides)
@@ -223,7 +226,8 @@ def pooled_links_backward(
 def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
     """Add the gradients of an affine function's weight and bias to `sums`.
 
-    Both gradients are computed from `grad` (M, C), the gradient of the outputs, and from the inputs (M, c).
+    `grad` (M, C) is the gradient of the function's outputs, and `inputs` (M, c) are its inputs. The gradient of the
+    weight is `grad`ᵀ · `inputs`; the gradient of the bias is the sum of the rows of `grad`.
     """
     sums.weight.addmm_(grad.mT, inputs)
     sums.bias.add_(grad.sum(0))

@@ -77,9 +77,9 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
 
     Source: docs/METHOD.md §3.1; section 3.5 of the article.
 
-    μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). All backends compute σ_h from squared distances to means, and not
-    from the difference mean ‖Y_h‖² − ‖μ_h‖², which is inaccurate if μ_h is large. The operator is differentiable where
-    σ > 0.
+    For each head h, μ_h = mean(Y_h) and σ_h = sqrt(mean(‖Y_h − μ_h‖²)). All backends compute σ_h from squared distances
+    to means. They do not use the identity σ_h² = mean(‖Y_h‖²) − ‖μ_h‖², because it is inaccurate in floating point if
+    μ_h is large. The operator is differentiable where σ > 0.
 
     Args:
         y: Y (B, H, N, d); float64, float32, bfloat16 or float16, any strides.
@@ -148,7 +148,7 @@ def tau_loss(
 
     Args:
         thetas: θ (H,) of each link; float64, float32, bfloat16 or float16, with the dtype and device of `sigmas`.
-        sigmas: σ̄ (H,) of each link. The operator gives no gradient for σ̄.
+        sigmas: σ̄ (H,) of each link, the moving average of σ. The operator gives no gradient for σ̄.
         reference: σ_ref, above 0.
         floor: Summand in the logarithm, at least 0.
         backend: A name of `backends()`, or None.

@@ -218,8 +218,8 @@ def _dyt_backward_kernel(
 ):  # fmt: skip
     """Compute dx of one share of the rows, and the contribution of the share to dα, dw and db.
 
-    The contributions are written per column to `parts` [shares, 3, C]. The second index of `parts` is 0 for dα, 1 for
-    dw and 2 for db.
+    The contributions to dα, dw and db are stored in `parts` [shares, 3, C], at the indices 0, 1 and 2 of the second
+    axis. Although dα is a scalar, a share has one contribution to dα for each column.
     """
     part = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -321,7 +321,7 @@ def dyt_backward(
     (dout,) = grads
     dtypes = x.dtype, alpha.dtype, weight.dtype, bias.dtype
     shape, rows, upstream = x.shape, as_rows(readable(x)), as_rows(readable(dout))
-    if upstream.shape != rows.shape:  # the layouts of the two fold into different axes
+    if upstream.shape != rows.shape:  # `as_rows` split the axes of x and dout differently
         rows, upstream = (t.reshape(1, -1, t.shape[-1]) for t in (rows, upstream))
     outer, inner, C = rows.shape
     M = outer * inner
@@ -365,7 +365,7 @@ def divide(count: int, block: int, least: int, most: int = 32) -> tuple[int, int
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return x (…, C) as (outer, inner, C): a view if its leading axes fold into two, else a copy."""
+    """Reshape x (…, C) to (outer, inner, C): as a view if the strides of x allow this, else as a copy."""
     for split in range(max(x.dim() - 1, 1)):
         outer, inner = x.shape[:split].numel(), x.shape[split:-1].numel()
         try:

@@ -11,7 +11,10 @@ from ..checks import wide_dtype
 
 
 def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return μ_h (H, d) and σ_h = sqrt(mean ‖Y_h − μ_h‖²) (H,) over batch and tokens of Y (B, H, N, d)."""
+    """Return the mean vector μ_h (H, d) and the scale σ_h (H,) of each head of Y (B, H, N, d).
+
+    σ_h is sqrt(mean ‖Y_h − μ_h‖²). Both means are taken over batch and tokens.
+    """
     Y = y.to(wide_dtype(y.dtype))
     mean = Y.mean((0, 2))
     centred = Y - mean[None, :, None, :]

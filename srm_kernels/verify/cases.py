@@ -34,7 +34,11 @@ Call = Callable[..., Any]  # (*tensors, backend=…) → a tensor or several
 
 
 class Shape(NamedTuple):
-    """Sizes of a link: a target map of height × width, a source of `keys` positions, and a grid of size × size."""
+    """Sizes of a link and its maps, and the options for normalisation and DyT.
+
+    The target map has `height` × `width` positions, and the source map has `keys` positions. Pooling averages the
+    target map over a grid of `size` × `size` cells.
+    """
 
     batch: int
     heads: int
@@ -93,11 +97,14 @@ class Operator:
             the operator has no variants.
         dtypes: The dtypes to measure.
         backends: The backends to check against the reference.
-        shares_size: Whether all results and gradients of the call are passed to `error_ratio` as `together`.
-        reference: (shape, inputs, backend) → the call that computes the results of plain PyTorch and the exact
-            results. The backend "reference" runs this call twice: in the dtype of the case, and in fp64. The call
-            uses the landmarks that `backend` chooses for `inputs`, because other landmarks would give other
-            results. None means that `Case.judged` is this call.
+        shares_size: Whether the 8 units of fp32 in the bound (see `together` in `error_ratio`) are computed from the
+            largest magnitude of all results and gradients of the call. If False, they are computed from the magnitude
+            of the result or gradient that is checked.
+        reference: (shape, inputs, backend) → the call that computes the results for comparison. `verify` runs this call
+            with the backend "reference", in the dtype of the case (results of plain PyTorch) and in fp64 (exact
+            results). `backend` is the backend that is checked. The call uses the landmarks that this backend chooses
+            for `inputs`, because results with other landmarks are not comparable. None means that `Case.judged` is
+            the call for comparison.
         ratio: (shape, inputs, results) → error divided by its bound, for an operator whose results are not
             floating point. None means that the numerics rule gives the ratio.
     """
@@ -137,7 +144,10 @@ class Case(NamedTuple):
 
     @property
     def call(self) -> Call:
-        """Return the call that is timed in the forward direction; the rows of a verdict contain its sizes."""
+        """Return the call that is timed in the forward direction.
+
+        Each row of a verdict contains the sizes that decide which backend this call uses by default.
+        """
         return self.operator.call(self.sizes)
 
     @property
@@ -196,9 +206,9 @@ def _attend(s: Shape, **more: Any) -> Call:
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
     """Return three further calls of Nyström attention, for `Operator.forms`.
 
-    The first call uses the first r keys as landmarks, tokens that are not contiguous, and no τ. The second
-    call also computes the scale statistic. Its landmarks are given by the argument `landmarks`, or chosen by
-    leverage if the argument is None. The third call uses uniform landmarks.
+    The first call uses the first r keys as landmarks and has no τ; its queries, keys and values are not contiguous in
+    memory. The second call computes the attention and the scale statistic. It uses the landmarks in the argument
+    `landmarks`; if the argument is None, the landmarks are chosen by leverage. The third call uses uniform landmarks.
     """
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
@@ -220,7 +230,10 @@ def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, 
 
 
 def _chosen(s: Shape, key: Tensor, value: Tensor, backend: str) -> Tensor:
-    """Return the landmarks that an implementation chooses; implementations can break ties differently."""
+    """Return the landmarks that a backend chooses by leverage.
+
+    The choice can depend on the backend, because backends can break ties differently.
+    """
     choice, solve = LandmarkOptions(s.rank, gamma=SCALE_OF_ATTENTION), SolveOptions(SCALE_OF_ATTENTION)
     options = AttentionOptions(choice, solve, s.d**-0.5, s.qk_norm)
     with torch.no_grad():
@@ -254,19 +267,23 @@ def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, ...]:
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Return the landmarks 0 to rank − 1 of each head, (B, H, rank), which do not depend on rounding."""
+    """Return the indices 0 to rank − 1 as the landmarks of every head, (B, H, rank).
+
+    Unlike landmarks that are chosen from the values of the keys, these landmarks do not depend on rounding.
+    """
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 
 
 def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[Tensor]], float]:
     """Return a function that computes the error ratio of chosen landmarks.
 
-    The ratio is infinite if landmarks are not distinct or not in range. The error is the number of landmarks that
-    differ from the choice of the reference in fp64. The bound is the largest of three numbers: 1 landmark,
-    1/16 of all landmarks, and twice the error of the reference in the dtype of the keys.
+    The ratio is the error divided by the bound. The error is the number of landmarks that differ from the choice of the
+    reference in fp64. The bound is the largest of three numbers: 1 landmark, 1/16 of all landmarks, and twice the error
+    of the reference in the dtype of the keys. If a head has the same landmark twice, or a landmark is not the index of
+    a key, the ratio is infinite.
 
-    The bound is at least 1 landmark, because a correct implementation can choose other landmarks than the reference: it
-    can break ties differently, and after one different landmark, the later landmarks can differ too.
+    The bound is never 0, because even a correct implementation can choose other landmarks than the reference. It can
+    break a tie differently, and one different landmark can change all landmarks that are chosen after it.
     """
 
     def ratio(s: Shape, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:
@@ -327,7 +344,7 @@ def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
 def _pool_several_links(s: Shape) -> tuple[Call]:
     """Return a call of `pooled_links` with two links of different r.
 
-    Each link reads a map of its own, and one of the two maps is channels-last. The call also computes the scale
+    Each of the two links reads its own map, and the first map is channels-last. The call also computes the scale
     statistics of both links.
     """
 
@@ -366,7 +383,10 @@ def _merge_links(s: Shape) -> Call:
 
 
 def _merge_several_links(s: Shape) -> tuple[Call]:
-    """Return a call of `merge_links` without τ, with two links of different r; each link updates one of two maps."""
+    """Return a call of `merge_links` with two links of different r, without τ.
+
+    There are two maps, and each link updates a different map.
+    """
 
     def call(p: Tensor, maps: Tensor, x: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, output, beta, _ = weights
@@ -400,7 +420,10 @@ def _project(s: Shape) -> Call:
 
 
 def _project_alone(s: Shape) -> tuple[Call]:
-    """Return a call of `project_sources` with one link, without DyT, and with a shift a, so that T = A F + a."""
+    """Return a call of `project_sources` with one link, with a shift a and without DyT.
+
+    With a shift, the input of the call is A F, and the call adds a: T = A F + a.
+    """
 
     def call(t: Tensor, *weights: Tensor, backend: str | None) -> Any:
         return ops.project_sources(t, weights[:1], weights[2:3], shift=weights[0][0], backend=backend)

@@ -177,9 +177,10 @@ class Run:
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
         """Return the cases outside `wanted` that must be measured again because the verdict has a fault for them.
 
-        A group is all cases of one operator in one dtype. A fault of an implementation at one shape excludes
-        the implementation from the whole group. A fault outside `wanted` therefore also affects the cases of
-        `wanted` in the same group. The method returns only cases whose group contains a case of `wanted`.
+        A group is all cases of one operator in one dtype. If an implementation has a fault in one case, then
+        `backend=None` does not use the implementation for any case of the group. A fault in a case outside
+        `wanted` therefore also affects the cases of `wanted` in the same group. The method returns only cases
+        whose group contains a case of `wanted`.
 
         Without `--again`, the method returns only cases with a fault that the environment can cause, such as
         "timeout", because a new measurement may succeed. With `--again`, the method also returns cases with

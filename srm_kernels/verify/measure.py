@@ -41,7 +41,7 @@ class Alone(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The results of a call, and its gradients: index of an input → gradient with respect to this input."""
+    """The results of a call, and the gradients of a loss: index of an input → gradient with respect to this input."""
 
     outputs: list[Tensor]
     gradients: dict[int, Tensor]
@@ -64,8 +64,8 @@ def results(
 ) -> Found:
     """Return the results of a call and the gradients of a random loss.
 
-    The loss of a batch is a sum over its samples. If `alone` is given, `inputs` are one sample of the batch, and the
-    loss is the term of this sample.
+    The loss of a batch is a sum over its samples. If `alone` is given, `inputs` are one sample of a batch, and the loss
+    is only this sample's term of the sum.
     """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = flat(call(*leaves))
@@ -83,8 +83,8 @@ def results(
 def _upstream(x: Tensor, generator: torch.Generator, axis: int | None, alone: Alone | None) -> Tensor:
     """Draw a random gradient of the loss with respect to the result `x`.
 
-    If `alone` is given, draw the gradient for the whole batch, and return only the part that belongs to the
-    sample.
+    If `alone` is given, `x` is the result of one sample that is computed alone. The gradient is then drawn for the
+    whole batch, and the function returns only the part for this sample, number `SAMPLE` of the batch.
     """
     shape = list(x.shape)
     if alone is not None and axis is not None:
@@ -101,13 +101,13 @@ def ratios(
     shares_size: bool = False,
     redrawn: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Return the ratio of error to bound for every result and gradient in `found`, by the numerics rule.
+    """Return the ratio of error to bound for every result and gradient in `found`.
 
-    `call` runs the reference. The bound depends on the error of the reference in the dtype of `inputs`. For a
-    gradient with at most `FEW` elements, this error is measured for several random losses, because it can be
-    small by chance for one loss. If the function `redrawn` is given, `redrawn(seed)` returns new inputs for
-    each of these losses. New inputs also change the results, so the error of the reference is then measured
-    several times for results with at most `FEW` elements, too.
+    The numerics rule gives the bound (`error_ratio`). `call` runs the reference. The bound depends on the error of the
+    reference in the dtype of `inputs`. For a gradient with at most `FEW` elements, this error is measured for several
+    random losses, because it can be small by chance for one loss. If the function `redrawn` is given, `redrawn(seed)`
+    returns new inputs for each of these losses. New inputs also change the results, so the error of the reference is
+    then measured several times for results with at most `FEW` elements, too.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))
@@ -154,9 +154,9 @@ def judged(case: Case, backend: str, device: Device) -> dict[str, Any]:
 
 
 def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, float | None]:
-    """Return the fault of an implementation as text, and the largest ratio of an error to its bound.
+    """Return a text that describes the fault of an implementation, and the largest ratio of an error to its bound.
 
-    The fault is None if the implementation is right. The ratio is None if the device reported a fault or refused a
+    The text is None if the implementation is right. The ratio is None if the device reported a fault or refused a
     launch.
     """
     operator, inputs = case.operator, case.inputs(device.torch_device)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..verdicts import DIRECTIONS, FAULTS, Row, grouped
+from ..verdicts import DIRECTIONS, FAULTS, RIGHT, Row, grouped
 
 WIDTHS = (36, 5, 8, 12, 9, 9, 9)
 HEADER = ("operator", "dtype", "shape", "result", "error", "forward", "backward")
@@ -53,9 +53,10 @@ def _label(operator: str, backend: str) -> str:
 def summary(rows: Iterable[Row]) -> list[str]:
     """Return the lines of a table with one line per operator and backend, and one column per dtype.
 
-    A cell contains the first fault of its cases. If no case has a fault, the cell contains "not supported", or "right"
-    with two speedups: of the forward pass, and of the forward and the backward pass together. The speedups are
-    geometric means over shapes (see `speedup`).
+    A cell contains the first fault of its cases. If no case has a fault and the backend supports none of the cases, the
+    cell contains "not supported". If all supported cases exceed the memory of the device, the cell contains "out of
+    memory". Otherwise, the cell contains "right" and two speedups: of the forward pass, and of the forward and the
+    backward pass together. The speedups are geometric means over shapes (see `speedup`).
     """
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for (operator, dtype), found in grouped(rows).items():
@@ -75,6 +76,8 @@ def _cell(rows: Sequence[Row]) -> str:
         return faults[0]
     if all(row["status"] == "unsupported" for row in rows):
         return "not supported"
+    if all(row["status"] != RIGHT for row in rows):
+        return "out of memory"
     means = []
     for direction in DIRECTIONS:
         found = [value for row in rows if (value := speedup(row, direction)) is not None]

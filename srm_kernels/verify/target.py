@@ -1,7 +1,7 @@
 """Devices on which kernels are checked and timed, with methods to synchronise them and to time calls.
 
-`open_device` returns a CUDA device by its name. For tests, "module:function" names a function that returns another
-`Device`, for instance an emulated one.
+`open_device` returns the device with a given name. A name such as "cuda:1" means a CUDA device. For tests, the name
+"module:function" means the `Device` that this function returns, for instance an emulated device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Device:
     """A device whose tensors are on `torch_device`.
 
     Attributes:
-        key: The name of the device and the software versions for which the device's verdict holds.
+        key: The device and the software versions for which the results of `verify` on this device are valid.
         torch_device: The torch device of its tensors.
         shapes: The shapes to measure; None means the default shapes of the command.
     """
@@ -76,7 +76,7 @@ class Device:
         return []
 
     def refusals(self) -> list[str]:
-        """Return why the device has refused launches since the previous call of this method, one reason per launch."""
+        """Return the reasons why launches were refused since the previous call of this method, each reason once."""
         return []
 
 
@@ -101,7 +101,10 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Return the median time of every step, from CUDA events; every round has the same order of steps."""
+        """Return the median time of every step, in milliseconds, measured with CUDA events.
+
+        Every round runs the steps in the same order.
+        """
         for step in steps.values():
             for _ in range(WARMUP):
                 step()

@@ -143,8 +143,8 @@ class Worker:
 def _triton_cache() -> dict[str, str]:
     """Return environment variables that give Triton a temporary cache if its default cache cannot be written.
 
-    The default cache is in the home folder. If it can be written, or if the user has set `TRITON_CACHE_DIR`
-    or `TRITON_HOME`, no variables are returned.
+    The default cache of Triton is in the user's home folder. If it can be written, or if the user has set
+    `TRITON_CACHE_DIR` or `TRITON_HOME`, the returned dict is empty.
     """
     if any(name in os.environ for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
         return {}

@@ -42,14 +42,15 @@ def apgd_trace(
     gradient at x. P is the projection to the ball and to [0, 1]. The first step has no previous point, so it
     is x ← z.
 
-    Progress is checked at checkpoints. A window is the steps between two checkpoints. The first window has 22 % of all
-    steps. The next windows have 19 %, 16 %, 13 %, 10 % and 7 %, and all later windows have 6 %.
+    The step size η can change only at checkpoints. The steps between two checkpoints are a window. The first window,
+    which ends at the first checkpoint, contains 22 % of all steps. The next windows contain 19 %, 16 %, 13 %, 10 % and
+    7 %, and each later window contains 6 %.
 
     At each checkpoint, η is halved if fewer than 75 % of the steps since the previous checkpoint (or since the start)
     raised the loss. From the second checkpoint on, η is also halved if the best loss has not risen since the previous
     checkpoint and η was not halved at the previous checkpoint. When η is halved, both x and x_before are set to the
     best point found so far, and the search continues from this point. Each image has its own η and its own best point.
-    If the objective is defined on the batch, each batch has one η and one best point.
+    If the objective returns one loss for the whole batch, each batch has one η and one best point.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """

@@ -123,9 +123,9 @@ def audit(
       bootstrap interval of the mean difference lies entirely above 0.1 % of the spread of clean scores, which is a
       tolerance for rounding errors.
     - black_box: The condition of "transfer", but for the square attack, which uses only scores.
-    - unbounded: With a radius that allows any image, PGD that maximises the objective `pair_inversion` inverts the
-      ranking (SROCC below 0) or makes a score NaN or infinite. The check does not run if the clean ranking is already
-      inverted.
+    - unbounded: PGD maximises the objective `pair_inversion`, with a radius that allows any image. This attack inverts
+      the ranking (SROCC below 0), or makes a score NaN or infinite. If the clean ranking is already inverted and no
+      score becomes NaN or infinite, the check has no result.
     - randomness: The scores of an image in 16 passes agree within 0.1 % of the spread of clean scores. The
       check also passes if the model declares its randomness by the attribute `stochastic`.
     - batch: The scores of an image alone and in a batch agree within 0.1 % of the spread of clean scores. The check
@@ -292,7 +292,7 @@ class _Subject:
 
     @cached_property
     def best_white_box(self) -> Tensor:
-        """Return the reach (see `audit`) of PGD or APGD on each image, whichever is larger, (images,)."""
+        """Return the larger of the reaches of PGD and APGD on each image (see `audit`), (images,)."""
 
         def tuned(batch: int, sign: int) -> PGDTrace:
             steps = self.config.attack_steps
@@ -302,7 +302,7 @@ class _Subject:
 
 
 class _SameDraws(nn.Module):
-    """Make a stochastic model repeat its random numbers: passes i and i + `passes` use the same numbers.
+    """Make a stochastic model repeat its random numbers: forward pass i + `passes` uses the numbers of forward pass i.
 
     If `passes` is the number of EOT passes per step, every step of an attack uses the same random numbers.
     """

@@ -93,25 +93,28 @@ def certify(
     """Bound the median-smoothed score of each image x for all perturbations δ with ‖δ‖₂ ≤ eps.
 
     The median-smoothed score of an image is the median of the scores of its noisy copies. The noise is Gaussian with
-    standard deviation σ. The median-smoothed score of x + δ lies between two quantiles of the scores of noisy copies of
-    x: the Φ(−eps/σ)-quantile and the Φ(eps/σ)-quantile. Φ is the standard normal distribution function.
+    standard deviation σ. For every perturbation δ with ‖δ‖₂ ≤ eps, the median-smoothed score of x + δ lies between two
+    quantiles of the scores of noisy copies of x: the Φ(−eps/σ)-quantile and the Φ(eps/σ)-quantile. Φ is the standard
+    normal distribution function.
 
-    The scores of `samples` noisy copies of x are computed. The order statistics of these scores bound the two
-    quantiles. Because the noise is random, a bound can be wrong, with a probability of at most (1 − confidence)/2. The
-    bounds hold for the smoothed model, not for the given model.
+    The quantiles are not known exactly, because only `samples` noisy copies of x are scored. The order statistics of
+    these scores give a lower bound of the Φ(−eps/σ)-quantile and an upper bound of the Φ(eps/σ)-quantile. Each of the
+    two bounds is wrong with a probability of at most (1 − confidence)/2. The bounds hold for the smoothed model, not
+    for the given model.
 
     Args:
         model: Any module that `pgd` accepts. Its state does not change.
         images: Images (B, 3, H, W) in [0, 1].
-        eps: L2 radius on an image's 3×H×W tensor.
-        sigma: Standard deviation of the Gaussian noise, per pixel value.
+        eps: Largest L2 norm of a perturbation δ, over all 3·H·W values of an image.
+        sigma: Standard deviation of the Gaussian noise that is added to each of these values.
         samples: Number of noisy copies of each image.
-        confidence: Confidence of each image's interval.
+        confidence: Confidence level of the interval [lower bound, upper bound] of each image.
         batch_size: Largest number of copies that run at once.
         generator: Generator of the noise. Default: seed 0.
 
     Returns:
-        The median score of the noisy copies of each image, and bounds of the median-smoothed score of x + δ.
+        For each image x, the median score of its noisy copies, and a lower and an upper bound of the median-smoothed
+        score of x + δ for every perturbation δ with ‖δ‖₂ ≤ eps.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -124,7 +127,7 @@ def certify(
 
 
 def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) -> Certificate:
-    """Compute the bounds for one radius from the sorted scores (n, B) that `smoothed_scores` returned."""
+    """Compute the bounds for the L2 radius `eps` from the sorted scores (n, B) that `smoothed_scores` returned."""
     eps, sigma = check_number("eps", eps), check_number("sigma", sigma)
     confidence = check_number("confidence", confidence)
     if not (math.isfinite(eps) and eps >= 0):
@@ -196,16 +199,21 @@ def _ordered(found: Certificate) -> float:
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return the positions, counted from 1, of a lower bound and an upper bound in `count` sorted samples.
+    """Choose two of `count` sorted samples as bounds of quantiles; return their positions, counted from 1.
 
-    The sample at the lower position is a lower bound of the Φ(−shift)-quantile. The sample at the upper position is an
+    The sample at the first position is a lower bound of the Φ(−shift)-quantile. The sample at the second position is an
     upper bound of the Φ(shift)-quantile. Φ is the standard normal distribution function. A position is None if no
     sample is a bound with this confidence.
 
-    Let n = `count` and α = (1 − confidence)/2. The k-th of n sorted samples is above the p-quantile with
-    probability at most P(Bin(n, p) ≤ k − 1). The lower position is therefore the largest k with
-    P(Bin(n, Φ(−shift)) ≤ k − 1) ≤ α. The k-th sample is below the p-quantile with probability at most
-    P(Bin(n, p) ≥ k). The upper position is therefore the smallest k with P(Bin(n, Φ(shift)) ≥ k) ≤ α.
+    Let n = `count`. Each of the two bounds may be wrong with a probability of at most α = (1 − confidence)/2.
+
+    A lower bound is wrong if it is above its quantile. The k-th of n sorted samples is above the p-quantile with
+    probability at most P(Bin(n, p) ≤ k − 1). The first position is therefore the largest k with
+    P(Bin(n, Φ(−shift)) ≤ k − 1) ≤ α.
+
+    An upper bound is wrong if it is below its quantile. The k-th of n sorted samples is below the p-quantile with
+    probability at most P(Bin(n, p) ≥ k). The second position is therefore the smallest k with
+    P(Bin(n, Φ(shift)) ≥ k) ≤ α.
     """
     from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 

@@ -18,8 +18,8 @@ _MAX_MAGNIFICATION = 1000
 def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any]]:
     """Write the examples of a result as PNG files and `examples.json`.
 
-    The scores are those of the float images. The pixels in the files are rounded to 8 bits, so the files can
-    have slightly different scores.
+    The scores in `examples.json` are those of the float images. The pixels in the PNG files are rounded to 8 bits, so a
+    model can give slightly different scores to the files.
 
     Args:
         result: Result of `Suite.run` with `keep` above 0.
@@ -31,9 +31,10 @@ def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any
         - name, mos, clean_score, adversarial_score, attack and magnification;
         - clean, attacked and difference: file names, relative to the folder.
 
-        A pixel value of the difference file is 0.5 + magnification · change, clipped to [0, 1]. Unchanged
-        pixels are therefore mid-grey. The magnification is the largest whole number up to 1000 for which
-        99.9 % of the values need no clipping. It is 1 if there is no such number, or if no pixel is changed.
+        A pixel value of the difference file is 0.5 + magnification · change, clipped to [0, 1]. The change is the
+        attacked value minus the clean value, so unchanged pixels are mid-grey. The magnification is the largest whole
+        number up to 1000 for which 99.9 % of the values need no clipping. If no whole number fulfils this condition,
+        or if no pixel is changed, the magnification is 1.
     """
     folder = Path(folder)
     entries = []

@@ -33,7 +33,7 @@ class PGDTrace(NamedTuple):
     """Result of `pgd_trace`, `apgd_trace` or `square_trace`."""
 
     images: Tensor  # best iterates, (B, 3, H, W)
-    loss: Tensor  # losses of the best iterates, (B,), or 0-d for an objective defined on the batch
+    loss: Tensor  # losses of the best iterates, (B,), or 0-d if the objective returns one loss per batch
     losses: Tensor  # losses of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
     zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
     nonfinite_gradients: float  # share of gradients with NaN or infinite elements, which are set to 0
@@ -79,8 +79,8 @@ def fgsm(
     Arguments, result and errors are those of `pgd`.
 
     Raises:
-        ValueError: As in `pgd`, or the gradient of the objective is zero at the clean images (`flat_at_clean` is True),
-            as for `Drift`.
+        ValueError: As in `pgd`. FGSM also rejects an objective whose `flat_at_clean` is True, such as `Drift`, because
+            its gradient is zero at the clean images, where FGSM computes the gradient.
     """
     check_objective(objective)
     if getattr(objective, "flat_at_clean", False):
@@ -114,8 +114,8 @@ def pgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by projected gradient ascent within ‖x' − x‖ ≤ eps and [0, 1] (docs/METHOD.md §6).
 
-    The model runs on its own device, in evaluation mode and fp32. The call changes neither the state of the
-    model nor the state of a global random generator. `pgd` returns only the attacked images. `pgd_trace`
+    The model runs on its own device, in evaluation mode and without autocast. Its state, and the states of the global
+    random generators, are the same after the attack as before. `pgd` returns only the attacked images. `pgd_trace`
     returns a `PGDTrace`, which contains these images and the losses.
 
     Args:
@@ -124,7 +124,8 @@ def pgd_trace(
         mos: Normalised MOS, (B,).
         objective: The objective to maximise, a callable from `(scores, mos, clean_scores)` to losses (B,) or one 0-d
             loss of the batch.
-        norm: "linf", the largest change of a pixel value, or "l2", the Euclidean norm of an image's 3×H×W tensor.
+        norm: Norm of the perturbation x' − x of an image: "linf", the largest change of a pixel value, or "l2", the
+            Euclidean norm over all 3·H·W values.
         eps: Radius of the ball around each image. Rounding never moves an image out of the ball or out of [0, 1].
             `Suite` scales L2 budgets by the image's size; this function does not.
         steps: Steps of each restart.
@@ -141,10 +142,10 @@ def pgd_trace(
         on_step: Called after each step of each restart.
 
     Returns:
-        The best iterates, with the shape, dtype and device of `images`. The iterate with the highest loss over all
-        steps and restarts is chosen for each image, or for each batch if the objective is defined on the batch. The
-        starts are iterates too. A NaN loss counts as the highest loss, so that a model with NaN scores does not look
-        robust.
+        The best iterates, with the shape, dtype and device of `images`. For each image, the best iterate is the one
+        with the highest loss over all steps and restarts, including the starting points. If the objective returns one
+        loss for the whole batch, all images are taken from the step and restart with the highest loss. A NaN loss
+        counts as the highest loss, so that a model with NaN scores does not look robust.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -190,13 +191,14 @@ def run_restarts(
         problem: The problem to solve.
         climb: Function `climb(copies, best)` that runs `copies` restarts at once. It passes every iterate to
             `best.offer`, and returns the losses of all iterates, (copies, iterates, B), or (copies, iterates) if the
-            objective is defined on the batch.
+            objective returns one loss for the whole batch.
         restarts: Number of restarts.
         restart_batch: As in `pgd`.
 
     Returns:
-        A `Best` with the iterates of the highest loss over all restarts, and the losses of all iterates,
-        (restarts, iterates, B), or (restarts, iterates) if the objective is defined on the batch.
+        A `Best` and a tensor. The `Best` has the iterates with the highest loss over all restarts. The tensor has the
+        losses of all iterates, (restarts, iterates, B), or (restarts, iterates) if the objective returns one loss for
+        the whole batch.
     """
     if restart_batch is not None:
         restart_batch = check_count("restart_batch", restart_batch)

@@ -113,7 +113,7 @@ def as_scores(output: object, batch: int) -> Tensor:
 
 
 def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> Tensor | None:
-    """Return the gradient of Σ pull · scores with respect to the images, or None if there is no gradient.
+    """Return the gradient of Σ pull · scores with respect to the images; None if no score depends on the images.
 
     `scores` and `pull` have the shape (B,). The default of `pull` is a tensor of ones.
 
@@ -159,8 +159,8 @@ def check_model(model: nn.Module) -> None:
     """Check that a model can be attacked. Warn if it contains a neck that was never calibrated.
 
     Raises:
-        TypeError: The model is not a module, its `forward` requires other arguments than the images, or it
-            has fp16 or bf16 parameters.
+        TypeError: The model is not a module, its `forward` requires further arguments besides the images, or it has
+            fp16 or bf16 parameters.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")

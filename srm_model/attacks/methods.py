@@ -24,9 +24,9 @@ class AttackMethod(NamedTuple):
         trace: Function that searches for adversarial images and returns a `PGDTrace`. Its positional arguments
             are a model, images, MOS and an objective. Its keyword arguments are `norm`, `eps`, `eot`, `generator`
             and `on_step`, as in `pgd_trace`, and the keys of `settings`.
-        settings: Further keyword arguments of `trace`: a mapping from the name of each argument to the field
-            of `SRMConfig` that has its value. The names of the fields start with `attack_`. A run can be
-            resumed only if these fields have the same values as before.
+        settings: Further keyword arguments of `trace`: a mapping from the name of each argument to the name of
+            the `SRMConfig` field that contains the value of the argument. The names of these fields start with
+            `attack_`. A run can be resumed only if these fields have the same values as before.
         work: Function that maps a config, the number of passes per score and an objective to the number of
             calls of `on_step` for one batch.
         step_size: Whether `trace` also takes the argument `step_size`, the step size of docs/METHOD.md §6.

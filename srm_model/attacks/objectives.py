@@ -53,8 +53,8 @@ class MSE:
 class Drift:
     """(f(x') − f(x))² per image: move the score, independently of the MOS.
 
-    The gradient is zero at x, so `fgsm` rejects this objective. `pgd` accepts it, because `pgd` starts at a random
-    point.
+    The gradient is zero at the clean image x, so `fgsm` rejects this objective. `pgd` accepts it, because `pgd` starts
+    at a random point near x.
     """
 
     name: ClassVar[str] = "drift"
@@ -68,7 +68,8 @@ class Drift:
 class Signed:
     """sign · f(x') per image: raise or lower the score.
 
-    `MSE` and `Drift` may move each image's score in either direction; this objective fixes the direction.
+    With `MSE` or `Drift`, an attack may raise the scores of some images and lower the scores of others. With this
+    objective, the attack tries to raise all scores if `sign` is 1, and to lower all scores if `sign` is −1.
     """
 
     sign: int  # +1 to raise the score, −1 to lower it
@@ -89,12 +90,12 @@ class Signed:
 
 @dataclass(frozen=True)
 class SoftSpearman:
-    """Negative correlation between soft ranks of the scores and ranks of the MOS; one loss per batch.
+    """Minus the correlation between the soft ranks of the scores and the ranks of the MOS; one loss per batch.
 
-    The correlation is a smooth form of SROCC. The soft rank of image a is ρ_a = Σ_b sigmoid((f(x'_a) − f(x'_b)) / T).
-    Let R_a be the rank of the score of image a; the lowest score has rank 1. For T → 0, ρ_a converges to R_a − 1/2. The
-    correlation does not depend on the constant 1/2. The loss is in [−1, 1]. The loss is 0 if all MOS of the batch are
-    equal.
+    The soft rank of image a is ρ_a = Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), where f(x'_a) is the score of the attacked
+    image a. For T → 0, ρ_a converges to R_a − 1/2, where R_a is the rank of this score; the lowest score has rank 1.
+    Subtracting a constant such as 1/2 from all ranks does not change a correlation, so the loss converges to −SROCC.
+    The loss is in [−1, 1]. It is 0 if all MOS of the batch are equal.
     """
 
     temperature: float = _DEFAULTS.pair_temperature  # T

@@ -92,8 +92,8 @@ def attacking(
 ) -> Iterator[Problem]:
     """Check the arguments of an attack and yield its `Problem`.
 
-    In the block, the model is in evaluation mode and fp32. At the end of the block, `as_found` restores the
-    model's state.
+    In the `with` block, the model is in evaluation mode and autocast is off. At the end of the block, `as_found`
+    restores the model's state.
     """
     check_model(model)
     check_images(images)
@@ -124,7 +124,8 @@ class Problem:
 
     n restarts run at the same time, and each restart has its own copy of the batch. The images that a search
     evaluates are called points. The points of all copies are one tensor (n·B, 3, H, W). Their losses have the
-    shape (n, B), or (n,) for an objective that is defined on the batch.
+    shape (n, B). If the objective returns one loss for the whole batch, each copy has one loss, and the losses have
+    the shape (n,).
     """
 
     model: nn.Module
@@ -159,7 +160,10 @@ class Problem:
             check_finite(self.scores(self.images).mean(0))
 
     def random_starts(self, copies: int = 1) -> Tensor:
-        """Draw points uniformly from the ball, one copy of the batch after another; clip them to [0, 1]."""
+        """Draw the starting points of `copies` restarts uniformly from the ball, and clip them to [0, 1].
+
+        The restarts draw their points one after another, so the points of the first restart do not depend on `copies`.
+        """
         starts = [self._random_start() for _ in range(copies)]
         return starts[0] if copies == 1 else torch.cat(starts)
 
@@ -174,7 +178,10 @@ class Problem:
         return self._project(x.unflatten(0, (-1, len(self.images)))).flatten(0, 1)
 
     def per_image(self, values: Tensor) -> Tensor:
-        """Expand values in the shape of losses, (n, B) or (n,), to (n·B, 1, 1, 1), which broadcasts over points."""
+        """Expand values from the shape of the losses, (n, B) or (n,), to (n·B, 1, 1, 1).
+
+        The result has one value for each point, and broadcasts with the points (n·B, 3, H, W).
+        """
         spread = values.reshape(len(values), -1).expand(-1, len(self.images))
         return spread.reshape(-1, 1, 1, 1).to(self.images.dtype)
 
@@ -195,7 +202,10 @@ class Problem:
             return torch.stack([scores_of(self.model, x) for _ in range(self.eot)])
 
     def loss_of(self, scores: Tensor) -> Tensor:
-        """Evaluate the objective on the scores (eot, n·B) of each pass; return the mean over passes, (n, B) or (n,)."""
+        """Evaluate the objective for each of the `eot` forward passes; return the mean of the losses over the passes.
+
+        `scores` is (eot, n·B). The result has the shape of the losses, (n, B) or (n,).
+        """
         return torch.stack([self._judge(sample) for sample in scores]).mean(0)
 
     def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,8 +260,8 @@ class Problem:
 class Best:
     """The evaluated images with the highest loss so far, for each copy of the batch.
 
-    For each image of a copy, the point (see `Problem`) with the highest loss is kept. If the objective is
-    defined on the batch, a copy has one loss, and the points of all its images are replaced together.
+    For each image of a copy, the point (see `Problem`) with the highest loss is kept. If the objective returns one loss
+    for the whole batch, a copy has only one loss, so the points of all its images are replaced together.
     """
 
     points: Tensor
@@ -275,14 +285,14 @@ class Best:
         return better
 
     def offer_copies(self, other: Best) -> None:
-        """Call `offer` for each copy of another `Best`, as if the restarts had run one after another."""
+        """Call `offer` with the points of each restart in `other`, as if the restarts had run one after another."""
         copies = other.points.unflatten(0, (len(other.loss), -1))
         for points, loss in zip(copies, other.loss, strict=True):
             self.offer(points, loss[None])
 
 
 def exceeds(loss: Tensor, before: Tensor) -> Tensor:
-    """Return the mask of elements where `loss` is higher than `before`. NaN is higher than any number."""
+    """Return the mask of elements where `loss` is higher than `before`. NaN counts as higher than any number."""
     return (loss > before) | (loss.isnan() & ~before.isnan())
 
 

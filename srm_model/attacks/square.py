@@ -42,19 +42,19 @@ def square_trace(
     is normalised, and a bump of random sign is added to it. This sum is scaled so that the norm of the whole
     perturbation becomes eps. Finally, the changed image is projected to the ball and to [0, 1].
 
-    An image keeps the change if the change raises its loss. If the objective is defined on the batch, the
-    changes of the images are tried one after another, and a change is kept if it raises the loss of the
-    batch. Such a trial needs no further query, because all scores of the round are known.
+    An image keeps the change if the change raises its loss. If the objective returns one loss for the whole
+    batch, the changes of the images are tried one after another, and a change is kept if it raises the loss of
+    the batch. Such a trial needs no further query, because all scores of the round are known.
 
-    The model need not be differentiable. The arguments that are not listed below, the result and the errors are as
-    in `pgd`. `square` returns only the attacked images, and `square_trace` returns a `PGDTrace`. In this trace,
-    `losses` has the shape (1, rounds, B), or (1, rounds) if the objective is defined on the
-    batch. It contains the losses of the images that are kept after each round. `zero_gradients` and
-    `nonfinite_gradients` are NaN, because no gradient is computed.
+    The model need not be differentiable. Results and errors are as in `pgd`, and so are the arguments that are not
+    listed below. `square` returns only the attacked images, and `square_trace` returns a `PGDTrace`. The field `losses`
+    of the trace contains the losses of the images that are kept after each round, (1, rounds, B), or (1, rounds) if the
+    objective returns one loss for the whole batch. The fields `zero_gradients` and `nonfinite_gradients` are NaN,
+    because no gradient is computed.
 
     Args:
-        queries: Number of scores per image, including the clean score if the objective uses it. Each of the `eot`
-            passes counts.
+        queries: Maximum number of scores per image. The score of the clean image counts if the objective uses it. Each
+            of the `eot` forward passes counts as one score.
         area: Area of the first squares as a share of the image area. The area shrinks as queries are used.
         on_step: Called after each round of queries.
     """
@@ -160,10 +160,10 @@ class _Squares:
     def _moved(self, delta: Tensor, side: int) -> Tensor:
         """Set a perturbation to zero in one random square and add a bump of random sign in another square.
 
-        In the other square, each channel of the perturbation is normalised, the bump is added, and the sum is
-        scaled. The squared norm of the scaled sum is the squared norm that this channel had in both squares
-        before the change, plus 1/C of the unused budget eps² − ‖δ‖². The norm of the whole perturbation is then
-        eps.
+        In the square that gets the bump, each channel is computed as follows: the old perturbation is normalised, the
+        bump is added, and the sum is scaled. The squared norm of the scaled sum is set to the squared norm that this
+        channel had in both squares before the change, plus 1/C of the unused budget eps² − ‖δ‖², where δ is the old
+        perturbation of the image. With this scale, the new perturbation of the image has the norm eps.
         """
         target, source = self._window(side), self._window(side)
         old = delta[target]  # [B, side, side, C]

@@ -48,7 +48,7 @@ def transfer(
     `Suite.run`.
 
     Args:
-        models: Two or more modules that `pgd` accepts, by name.
+        models: A mapping from names to modules that `pgd` accepts, with two or more entries.
         config: Settings of the attack. Default: `SRMConfig()`.
         logistics: Logistic map of each model, for PLCC. Default: plain Pearson correlation.
 
@@ -150,7 +150,8 @@ def sweep_steps(
 
     The step size of PGD is inversely proportional to the number of steps (docs/METHOD.md §6).
 
-    Arguments that are not listed are those of `Suite.run`. Each run of the suite has its own folder inside `resume`.
+    Arguments that are not listed are those of `Suite.run`. The suite runs once for each number of steps. If `resume` is
+    given, each of these runs stores its results in its own subfolder of `resume`.
 
     Args:
         suite: The suite to run.

@@ -161,11 +161,12 @@ class Suite:
     ) -> SuiteResult:
         """Attack every image of a dataset with every attack of the suite.
 
-        Scores are computed on the float images, not on images rounded to 8 bits. If the attribute
-        `stochastic` of a model is true, its attacks use EOT over `config.eot_samples` passes, and its scores
-        are averaged over the same number of passes. A correlation is NaN if the scores are constant or not
-        finite, and NaN counts as the worst result. An attack whose gradients are zero or not finite may
-        overstate robustness; a warning and `worst["doubts"]` name such attacks.
+        Scores are computed on the float images, not on images rounded to 8 bits. If the attribute `stochastic` of a
+        model is true, attacks that are crafted on the model use EOT over `config.eot_samples` passes, and the model's
+        scores are averaged over the same number of passes. A correlation is NaN if the scores are constant or not
+        finite, and NaN counts as the worst result. If more than 1 % of the gradients of an attack are zero, or if any
+        gradient is not finite, the result of the attack may overstate the robustness of the model. In this case, a
+        warning and `worst["doubts"]` name the attack.
 
         In a torch.distributed process group, the batches are distributed over the ranks, and all ranks use
         the same folder `resume`. Every rank returns the whole result, bitwise equal to the result of a single
@@ -178,14 +179,15 @@ class Suite:
             eps: Budget. An "l2" budget is stated for 512×512 pixels and scaled by √(HW)/512.
             surrogate: Model on which transfer attacks are crafted. Without a surrogate, transfer attacks are skipped
                 and `incomplete` names them.
-            logistic: Map fitted on clean validation scores, for PLCC. Default: plain Pearson correlation.
+            logistic: Logistic map, fitted on clean validation scores, that is applied to the scores before PLCC is
+                computed. Default: no map (plain Pearson correlation).
             batch_size: Number of images that are attacked together, in the order of the dataset. It changes the results
-                of objectives that are defined on the batch.
+                of objectives that return one loss for the whole batch.
             seed: Seed of the random starts and of the randomness of stochastic models. Every batch and attack gets its
                 own seed, which is derived from this seed.
             progress: Whether to show a progress bar on stderr.
-            keep: Number of `examples` to return, evenly spaced over the dataset. Each shows the attack that changed the
-                image's score most.
+            keep: Largest number of `examples` to return. Their images are evenly spaced over the attacked images. An
+                example shows the attack that changed the score of the image most.
             limit: Number of images to attack, evenly spaced over the dataset. Default: all.
             resume: Folder for the results of finished attacks. A later call with the same arguments, on any number of
                 ranks, uses these results and computes the missing ones.
@@ -297,7 +299,7 @@ class Job:
         return torch.stack(images), torch.tensor([mos for _, mos in items], dtype=torch.float64)
 
     def item(self, index: int) -> tuple[Tensor, float]:
-        """Return an image and its MOS; raise TypeError if the item of the dataset is not such a pair."""
+        """Return an image and its MOS; raise TypeError if `dataset[index]` is not a pair (image, MOS)."""
         found: Any = self.dataset[index]
         if isinstance(found, tuple | list) and len(found) == 2:
             with suppress(TypeError, ValueError, RuntimeError):

@@ -33,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code:
 
         - 0: success;
-        - 1: a check of an audit failed;
+        - 1: `audit` ran, and at least one of its checks failed;
         - 2: the input is not accepted, or standard output cannot be written. stderr has one sentence about the error;
         - 130: Ctrl-C;
-        - 143: SIGTERM stopped a training. The state of the training was saved.
+        - 143: SIGTERM stopped a training run, and the training state was saved.
     """
     if arguments is None:
         _set_environment()

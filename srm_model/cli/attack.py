@@ -101,7 +101,10 @@ def _attack_all(
 
 
 def row(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a result, with a warning in "doubts" for each attack that may overstate robustness."""
+    """Return the row that `print_rows` prints for a result.
+
+    The entry "doubts" contains a warning for each attack that may overstate robustness.
+    """
     clean, worst = result["clean"], result["worst"]
     return {
         "model": folder.name,

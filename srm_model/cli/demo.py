@@ -1,4 +1,4 @@
-"""`srm-iqa demo`: the full pipeline on photographs that installed packages contain, without a download."""
+"""`srm-iqa demo`: run the full pipeline on photographs from installed packages; nothing is downloaded."""
 
 from __future__ import annotations
 

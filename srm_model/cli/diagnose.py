@@ -24,7 +24,10 @@ PICTURED = 2
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write `diagnosis.json`, `.md` and `.html` into each checkpoint's folder, or `--out`, and print the tables."""
+    """Diagnose each checkpoint, print the tables, and write `diagnosis.json`, `diagnosis.md` and `diagnosis.html`.
+
+    The files are written into the folder of `--out`. Without `--out`, they are written into the checkpoint's folder.
+    """
     without = [name for name, kind in NECKS.items() if kind.attention != "nystrom"]
     folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in without]
     if not folders:

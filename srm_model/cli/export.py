@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
 def _export_program(model: IQAModel, folder: Path, path: Path) -> float:
     """Export a program that accepts any batch size and uses the reference backend.
 
-    Return the largest difference between the scores of the program and of the model on two random images.
+    Return the largest difference between the scores of the exported program and the scores of `model`, on two random
+    images.
     """
     plain = IQAModel(model.backbone_name, model.neck_name, model.config.replace(backend="reference"))
     load_weights(plain, folder)

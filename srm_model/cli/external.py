@@ -88,7 +88,10 @@ def images_of(text: str) -> int | str:
 
 
 def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> Interface:
-    """Return the interface of the model, as given by `lower_is_better` and the options that `add_model` adds."""
+    """Return the format of the model's input and the direction of its scores, as an `Interface`.
+
+    The format is taken from the options that `add_model` adds; `lower_is_better` gives the direction.
+    """
     from srm_model.external import IMAGENET, Interface
 
     given: dict[str, Any] = {name: getattr(args, name) for name in ("mean", "std", "peak")}
@@ -191,7 +194,8 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
         writes: Whether this rank writes results and progress.
 
     Returns:
-        For each norm and budget, a pair: the model's name, and the contents of the result file.
+        A list with one pair for each norm and budget: the value of `--model` as a path, and the results of the attack.
+        The results are also stored in a JSON file in the folder `attacks` of `--out`.
     """
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint

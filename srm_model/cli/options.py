@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share, and the config that follows from these arguments."""
+"""Define the arguments that several subcommands share, and make a config from the parsed arguments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HELP = {
 
 
 def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add `--config` and `--set` for all fields of `SRMConfig`, and an option for each of `fields`."""
+    """Add `--config` and `--set`, which accept all fields of `SRMConfig`, and one option for each field in `fields`."""
     group = parser.add_argument_group(
         "config",
         "Every constant is a field of SRMConfig. --set overrides the other options, which override --config.",
@@ -224,8 +224,8 @@ def budget_help(*, last: bool = False) -> str:
     """Return the end of the help text of `--eps`: each norm's note on its budgets, and each norm's default budgets.
 
     Args:
-        last: Whether the default is only the last budget of `Norm.tables_of`, for each norm. If False, the default is
-            all budgets of `Norm.tables_of`.
+        last: Whether `--eps` has only one default budget for each norm: the last budget that `Norm.tables_of` returns.
+            If False, all budgets that `Norm.tables_of` returns are defaults.
     """
     config, start = SRMConfig(), -1 if last else None
     notes = [norm.stated for norm in NORMS.values() if norm.stated]

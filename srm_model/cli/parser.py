@@ -69,8 +69,8 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands.
 
-    In the parsed arguments, `run` names the function that runs the command. Its form is "module:function", with a
-    module of `srm_model.cli`.
+    In the parsed arguments, `run` is a string "module:function". It names the function that runs the command, and the
+    module of `srm_model.cli` that contains the function.
     """
     parser = _Parser(prog="srm-iqa", description="Train, attack and audit no-reference image quality models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
@@ -484,7 +484,11 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    """Repeat the options of `python -m srm_kernels verify`, because importing that command's parser imports torch."""
+    """Add the options of `python -m srm_kernels verify`.
+
+    This function repeats the options instead of using the parser of that command, because an import of that parser
+    would also import torch.
+    """
     add = parser.add_argument
     add("--device", help="cuda or cuda:NUMBER")
     add("--export", help="also write the rows as JSON lines")

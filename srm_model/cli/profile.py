@@ -32,7 +32,8 @@ _OPTIONS = {
 def run(args: argparse.Namespace) -> int:
     """Measure every case and print the tables; return 2 if no case could run.
 
-    After each case, a row with its results or its error is appended to the file `ROWS` in the folder of this machine.
+    After each case, a row with the case's results or error is appended to the file `ROWS`. The file is in the
+    subfolder of `--out` for this device (see `folder_name`).
     """
     device = device_from(args.device)
     chosen = {name: getattr(args, option) for name, option in _OPTIONS.items()}

@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_first(name: str, *, recursive: bool) -> None:
     """Raise ValueError if the first argument may be a mistyped checkpoint.
 
-    Without this check, a mistyped checkpoint would count as an image that cannot be read. The default checkpoint would
-    then score the other images.
+    Without this check, a mistyped path of a checkpoint would count as an image that cannot be read, and the images
+    after this path would be scored with the default checkpoint.
     """
     if not os.path.exists(name):  # noqa: PTH110, the name may contain NUL bytes
         raise ValueError(f"{name}: no such folder or file; expected a checkpoint or an image")
@@ -116,7 +116,10 @@ def _model_name(folder: Path) -> str:
 
 
 def _listed(file: str, *, null: bool) -> list[str]:
-    """Return the names in a list file ("-": stdin), separated by NUL bytes if `null` is true, else by line breaks."""
+    """Read a list of names from a file, or from stdin if `file` is "-".
+
+    In the list, the names are separated by NUL bytes if `null` is true, otherwise by line breaks.
+    """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:

@@ -16,7 +16,10 @@ _HANDLER = "srm-iqa"
 
 
 class Output:
-    """Standard output that remembers a failed write. `stream` is None if standard output was closed at the start."""
+    """Standard output that remembers the first failed write.
+
+    `stream` is None if standard output was closed before the program started. Every write then fails.
+    """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -94,7 +97,10 @@ def as_named(path: str | os.PathLike[str]) -> str:
 
 
 def _replace_closed() -> None:
-    """Replace standard streams that were closed at the start, so that no other file gets their file descriptors."""
+    """Open the null device in place of each standard stream that was closed before the program started.
+
+    Without this step, a file that the program opens later could get file descriptor 0, 1 or 2.
+    """
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
         while os.open(os.devnull, os.O_RDWR) < 3:
             pass
@@ -107,8 +113,8 @@ def _replace_closed() -> None:
 def _encode_rest(error: UnicodeError) -> tuple[bytes, int]:
     """Encode the characters that the encoding of standard output cannot represent. This is a codec error handler.
 
-    A surrogate escape stands for a byte that could not be decoded, and becomes this byte. Any other character becomes
-    an escape sequence such as \\u2192.
+    A surrogate escape stands for a byte that could not be decoded, and is encoded as this byte. Any other character is
+    encoded as an escape sequence such as \\u2192.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -56,7 +56,7 @@ def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate checkpoints. A result on the test split of the training dataset is saved in `evaluation.json`."""
+    """Evaluate checkpoints. Only results on the test split of the training dataset are saved (`evaluation.json`)."""
     kept = args.data is None and args.split == "test"
     found = runs.checkpoints_of_study(args.folder)
     with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():

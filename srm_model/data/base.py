@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")
 
 
 def published_name(name: str, images: int, published: int) -> str:
-    """Return the dataset's name. If `images` differs from `published`, the name also states both numbers."""
+    """Return the dataset's name. If `images` differs from `published`, append both numbers in parentheses."""
     return name if images == published else f"{name} ({images} of its {published} images)"
 
 
@@ -86,8 +86,8 @@ def find_images(
         verify, progress: As in `find_faults`.
 
     Raises:
-        ValueError: The folder is missing, `rows` is empty, or `faults` contains a fault that this function or the
-            caller added.
+        ValueError: The folder is missing, `rows` is empty, or `faults` is not empty at the end. It then contains faults
+            that this function found, or faults that the caller added before.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected the images that {faults.source} lists")
@@ -224,7 +224,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         return self._paths[index]
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """Return a dataset with only these items, in this order. The fingerprint stays that of the whole dataset."""
+        """Return a dataset with only these items, in this order. The fingerprint of the whole dataset is kept."""
         part = copy.copy(self)
         part.names = [self.names[i] for i in indices]
         part.groups = [self.groups[i] for i in indices]

@@ -41,8 +41,8 @@ def open_dataset(
         The dataset.
 
     Raises:
-        ValueError: The folder does not exist, is detected as neither TID2013 nor KonIQ-10k or as both, or the dataset
-            is unfinished or faulty.
+        ValueError: The folder does not exist, its files match no dataset type or more than one, or the dataset is
+            unfinished or faulty.
     """
     root = Path(root)
     if not root.is_dir():
@@ -82,9 +82,9 @@ def describe(
         - label_range: [lowest, highest] label;
         - images: number of images;
         - splits: number of images in each split;
-        - references, only in TID2013's layout: ids of the references in each split;
-        - type_level_srocc, only with labels "opinions:<dataset>": as in `TID2013`;
-        - image_folder, only for KonIQ-10k: name of the folder of images.
+        - references: ids of the reference images in each split, only for the type TID2013;
+        - type_level_srocc: see `TID2013`; only with labels "opinions:<dataset>", and only if this SROCC is defined;
+        - image_folder: name of the folder of images, only for the type KonIQ-10k.
 
     Raises:
         ValueError: As in `open_dataset`.

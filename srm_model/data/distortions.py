@@ -3,13 +3,15 @@
 Each type has a strength. For most types, the strength of a level is chosen by the PSNR of the distorted image against
 the photograph: 33, 30, 27, 24 and 21 dB for levels 1 to 5, as in TID2013. Some photographs cannot reach all these
 values; for example, a grey photograph has no colour to lose. The PSNRs of the five levels are then evenly spaced, in
-dB, down to the lowest PSNR that the photograph can reach. A type that cannot change a photograph returns the photograph
-unchanged. Some types differ from these rules:
+dB, from level 1 to level 5. Level 5 has the lowest PSNR that the photograph can reach, but at least 21 dB. Level 1 has
+33 dB or 6 dB more than level 5, whichever is higher, but at most the PSNR at the lowest strength. A type that cannot
+change a photograph returns the photograph unchanged. Some types differ from these rules:
 
-- Blur, denoising and JPEG (types 8, 9 and 10) use fixed parameters for each level. The PSNR therefore depends on the
-  photograph. Averaged over the Kodak photographs, the PSNRs of levels 1 to 5 are 33, 30, 27, 24 and 21 dB. If the PSNR
-  were the same for every photograph instead, photographs with much texture would be blurred less than others. The
-  opinion scores of TID2013 show that its photographs with much texture are not blurred less.
+- Blur, denoising and JPEG (types 8, 9 and 10) use the same parameters for all photographs at a level, so the PSNR
+  depends on the photograph. Averaged over the Kodak photographs, the PSNRs of levels 1 to 5 are 33, 30, 27, 24 and
+  21 dB. A PSNR that is the same for all photographs would not match TID2013: the same blur lowers the PSNR more on a
+  photograph with much texture, so this photograph would have to be blurred less than others to reach the same PSNR.
+  But the opinion scores of TID2013 show that its photographs with much texture were not blurred less than others.
 - All levels of type 15 have the same PSNR. The levels differ in the number of blocks.
 - Type 17 lowers the contrast at levels 1, 3 and 5, and raises the contrast at levels 2 and 4.
 
@@ -73,7 +75,7 @@ class Distortion(NamedTuple):
     apply: Apply
 
     def __call__(self, image: Pixels, level: int, rng: np.random.Generator) -> Pixels:
-        """Return a distorted copy of a photograph; the same state of the generator gives the same image.
+        """Return a distorted copy of a photograph; the same arguments and the same state of `rng` give the same copy.
 
         Args:
             image: RGB photograph, uint8 of shape (H, W, 3).

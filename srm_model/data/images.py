@@ -145,8 +145,8 @@ def decoded(path: str | Path) -> Iterator[Picture]:
     """Decode the first frame of an image file, and yield it to the `with` block.
 
     Raises:
-        ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`). An exception
-            that is raised in the `with` block also becomes a ValueError.
+        ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`). If the body of
+            the `with` block raises any Exception, a ValueError is raised instead of this exception.
     """
     try:
         check_regular(path)
@@ -199,8 +199,9 @@ def fault(path: Path, *, full: bool) -> str | None:
 
     Args:
         path: Image file.
-        full: True decodes the image; False reads only the header. A JPEG is decoded at 1/8 of its width and height.
-            This takes a third of the time of decoding at full size, and still reads every byte of the file.
+        full: False reads only the header; True decodes the image. With True, a JPEG is decoded at 1/8 of its width and
+            height, because this takes a third of the time of decoding at full size and still reads every byte of the
+            file.
     """
     try:
         check_regular(path)
@@ -229,9 +230,10 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     """Find files that cannot be read as images.
 
     Decoding takes about a second of CPU time for TID2013 (3,000 files), and half a minute for KonIQ-10k (10,073 files
-    at 1024×768). If 1,000 or more files are decoded without a fault, an empty file in the user's cache folder records
-    this result for this list of files. Later calls with the same list decode nothing, unless the size or modification
-    time of a file has changed. Without a cache folder, nothing is recorded.
+    at 1024×768). If 1,000 or more files are decoded without a fault, this result is recorded by an empty file in the
+    user's cache folder. The name of the empty file is a hash of the paths, sizes and modification times of all decoded
+    files. Later calls with the same list find the empty file and decode nothing, unless the size or modification time
+    of a file in the list has changed. Without a cache folder, every call decodes all files.
 
     Args:
         paths: Files to check.
@@ -274,8 +276,9 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
 def _seal(paths: Sequence[Path]) -> Path | None:
     """Return the path of the record that `find_faults` creates after it has decoded all of `paths` without a fault.
 
-    The record is an empty file. Its name depends on the path, size and modification time of every file of `paths`.
-    Return None if the user has no cache folder, or if one of the files is missing. `find_faults` reports missing files.
+    The record is an empty file, so only its name matters: a hash of the path, size and modification time of every file
+    of `paths`. Return None if the user has no cache folder or if a file of `paths` is missing. If the result is
+    None, `find_faults` decodes all files and records nothing; it also reports each missing file.
     """
     listing = hashlib.sha256()
     try:

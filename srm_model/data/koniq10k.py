@@ -142,9 +142,8 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         if the folder has no list with MOS_zscore.
 
     Raises:
-        ValueError: No file has the columns of the list with the split, two or more files have the columns of that
-            list, two or more files have the columns of the list with MOS_zscore, or one file has the columns of both
-            lists.
+        ValueError: The list with the split is missing, two or more files are lists of the same kind, or one file has
+            the columns of both lists.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):

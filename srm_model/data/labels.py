@@ -1,6 +1,7 @@
 """Label synthesised datasets by a full-reference metric of the package piq.
 
-`Scale` maps the values of the metric to labels from 0 to 9. These labels are not people's opinions.
+`Scale` maps the metric value of an image to a label from 0 to 9. The labels are computed, so they are not people's
+opinions.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Scale(NamedTuple):
     """Map the value of a metric to a label: max(0, 9·(1 − √((1 − value) / worst))). An undistorted image gets 9.
 
     For most distorted photographs, the value of the metric is close to 1, so 1 − value is close to 0. The square root
-    of 1 − value spreads these small numbers apart and keeps their order. A value of 1 − `worst` or less gets the label 0. Almost no image that is
-    distorted at one of TID2013's five levels has a value below 1 − `worst`, so almost no label is clipped.
+    of 1 − value spreads these small numbers apart and keeps their order. A value of 1 − `worst` or less gets the label
+    0. Almost no image that is distorted at one of TID2013's five levels has a value below 1 − `worst`, so almost no
+    label is clipped.
     """
 
     worst: float

@@ -1,4 +1,4 @@
-"""Read lists of images and scores in the encodings and separators that text editors and spreadsheets write."""
+"""Read lists of images and scores with the encodings and separators that text editors and spreadsheets use."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def decode(data: bytes, *, errors: str = "strict") -> str:
 
 
 def header(path: Path) -> tuple[list[str], str]:
-    """Return a table's column names and its separator, which is the character that gives the most columns.
+    """Return a table's column names and its separator.
+
+    The separator is the character among `,`, `;`, tab and `|` that splits the first line into the most columns.
 
     Raises:
         OSError: The file cannot be read.

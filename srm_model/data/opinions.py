@@ -1,4 +1,4 @@
-"""Label synthesised images with TID2013's opinion scores, matched by photograph, distortion type and level.
+"""Label each synthesised image with the opinion score of the TID2013 image with the same photograph and distortion.
 
 The references 1 to 24 of TID2013 are crops of the photographs of the Kodak dataset. An image that is synthesised from a
 Kodak photograph therefore gets the mean opinion score of the TID2013 image with the same photograph, distortion type

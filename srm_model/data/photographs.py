@@ -77,7 +77,7 @@ class Frame(NamedTuple):
 
 
 def from_packages(frame: Frame) -> list[Photograph]:
-    """Return the seven photographs of scikit-image and scikit-learn. Neither package is imported.
+    """Return seven photographs that scikit-image and scikit-learn contain, without importing either package.
 
     Raises:
         ValueError: A package is not installed, or the installed package lacks a photograph.
@@ -102,8 +102,8 @@ def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
     Subfolders, hidden files and files whose suffix is not in `SUFFIXES` are ignored.
 
     Raises:
-        ValueError: Photographs cannot be read or are too small. The message names the first faulty photograph and says
-            how many are faulty.
+        ValueError: `folder` is not a folder, or photographs cannot be read or are too small. For faulty photographs,
+            the message names the first one and says how many are faulty.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected a folder of photographs")

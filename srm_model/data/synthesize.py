@@ -89,9 +89,10 @@ def synthesize(
             values of the metric are mapped to labels from 0 to 9; `labels.json` has the formula. The attribute `labels`
             of the opened dataset is "metric:<name>".
         opinions: Path of TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion score of the
-            TID2013 image with the same photograph, type and level. The number in a photograph's file name must be the
-            number of its reference in TID2013. The distorted images are computed by this package, so they are only
-            similar to the images that people rated. The attribute `labels` of the opened dataset is "opinions:TID2013".
+            TID2013 image with the same photograph, type and level. The file name of each photograph must contain
+            the number of the photograph in TID2013, for example kodim01.png for number 1. The distorted images are
+            computed by this package, so they are only similar to the images that people rated. The attribute `labels`
+            of the opened dataset is "opinions:TID2013".
         labels: Path of the `mos_with_names.txt` that the same call without `labels` wrote on another machine. The last
             digits of computed labels depend on the processor. The labels in this file therefore replace the computed
             labels, so that the datasets on both machines have the same fingerprint. Not accepted with `opinions`.
@@ -332,7 +333,7 @@ def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
 
     Raises:
         ValueError: `out` is a file, a folder that contains files but no synthesised dataset, or the folder of a dataset
-            with other settings.
+            whose settings differ from `settings`.
     """
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     if not (out / LABELS).exists():

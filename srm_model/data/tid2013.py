@@ -128,8 +128,9 @@ class TID2013(ImageQualityDataset):
     def missing(root: Path) -> str | None:
         """Return why the folder is not a dataset in TID2013's layout, or None if it is one.
 
-        A folder with `mos_with_names.txt` or `labels.json` counts as a dataset in this layout. A folder with only
-        `labels.json` is an unfinished synthesised dataset; opening it raises ValueError.
+        A folder with `mos_with_names.txt`, `labels.json` or both counts as a dataset in this layout. If it has only
+        `labels.json`, it is an unfinished synthesised dataset: this function returns None, but `TID2013(root, …)`
+        raises ValueError.
         """
         return None if (root / LIST).exists() or (root / LABELS).exists() else f"no {LIST}"
 

@@ -31,7 +31,10 @@ Affine = tuple[Tensor, Tensor]  # weight A (C, C_s) and bias a (C,) of an alignm
 
 
 class Step(nn.Module):
-    """A step of the pooled form, as a module that hooks can observe. Its input is a callable without arguments."""
+    """A step of the links' pooled form (docs/METHOD.md §1.5), as a module that hooks can observe.
+
+    The input of the module is a function without arguments, which computes the step.
+    """
 
     def forward(self, call: Callable[[], Any]) -> Any:
         """Return the result of `call`."""

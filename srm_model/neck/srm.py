@@ -82,7 +82,7 @@ class SRMNeck(Mixer):
 
     @property
     def stochastic(self) -> bool:
-        """Whether two evaluations of one image may differ."""
+        """Whether the outputs for one image may differ between two calls in evaluation mode."""
         return self.config.kv_pool_eval and self.config.kv_pool_prob > 0
 
     @property
@@ -93,7 +93,7 @@ class SRMNeck(Mixer):
     def warn_uncalibrated(self) -> None:
         """Warn if the neck is not calibrated. Each neck is checked once.
 
-        The check is skipped during export, during the capture of a CUDA graph, and on the meta device.
+        This method does nothing during export, during the capture of a CUDA graph, and on the meta device.
         """
         tracing = torch.compiler.is_compiling()
         if tracing and (exporting() or not torch.compiler.is_dynamo_compiling()):
@@ -130,10 +130,10 @@ class SRMNeck(Mixer):
         the ranks. This average is the gradient of the returned losses.
 
         Gradient checkpointing of the neck repeats the forward pass during the backward pass. The repeated forward pass
-        changes no buffer. It uses the same values of M₀ and σ̄ as the last training pass, which is normally the pass
-        that it repeats. If several training passes precede one backward pass, or if the neck is compiled, a
-        checkpointed neck needs the argument `statistics`. In these two cases, `statistics.finish()` must be called
-        before the checkpointed pass. Checkpointing of the backbone alone needs no extra argument.
+        changes no buffer. It uses the same values of M₀ and σ̄ as the last forward pass in training mode. Normally,
+        this last pass is the pass that is repeated. If several forward passes precede one backward pass, or if the neck
+        is compiled, a checkpointed neck needs the argument `statistics`. In these two cases, `statistics.finish()` must
+        be called before the checkpointed pass. Checkpointing of the backbone alone needs no extra argument.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
@@ -148,8 +148,8 @@ class SRMNeck(Mixer):
             TypeError: Autocast is off, and a map has another dtype than the neck.
             ValueError: The maps have wrong shapes, are not on the neck's device, or contain values that are not finite.
                 The values are checked only on a CPU.
-            RuntimeError: Gradient checkpointing repeats a forward pass that is not the last training pass. This is
-                checked only on a CPU.
+            RuntimeError: Gradient checkpointing repeats a forward pass that is not the last forward pass in training
+                mode. This is checked only on a CPU.
         """
         self.check(pyramid)
         given, earlier = statistics is not None, None
@@ -218,11 +218,12 @@ class SRMNeck(Mixer):
 
         Args:
             maps: Updated, pooled maps, (B, S, C, P, P).
-            pyramid: Updated maps at full resolution, for the output.
-            statistics: Statistics of the batch. If they are not finished, this micro-batch is added.
-            finish: Whether to finish `statistics`.
-            earlier: If gradient checkpointing repeats a forward pass in this call, the statistics of the original pass.
-                Otherwise None.
+            pyramid: Updated maps at full resolution. The output contains them unchanged.
+            statistics: Statistics of the batch. Before `statistics.finish()`, each call adds the statistics of its
+                micro-batch.
+            finish: Whether to call `statistics.finish()` before the losses are computed. Ignored if `earlier` is given.
+            earlier: Statistics of the original forward pass if gradient checkpointing repeats that pass with this call,
+                otherwise None.
         """
         c = self.config
         fusion = gated_fusion(
@@ -252,7 +253,7 @@ class SRMNeck(Mixer):
     def tau_loss(self, statistics: BatchStatistics) -> Tensor:
         """Return L_τ (docs/METHOD.md §3.3), computed with an updated copy of σ̄.
 
-        The copy of σ̄ is updated with the σ that `statistics` contains. The buffer σ̄ itself does not change.
+        This method copies the buffer σ̄ and updates the copy with the σ in `statistics`. The buffer does not change.
         """
         thetas, sigmas = [], []
         for pair in self.acting:
@@ -267,8 +268,8 @@ class SRMNeck(Mixer):
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
         """Return M₀ as it was before the batch of `statistics`, or None if there is no gain cap.
 
-        The first call for a batch stores M₀ in `statistics`, because `track` may update the buffer before the next call
-        for this batch.
+        The first call for a batch stores M₀ in `statistics`. Later calls for this batch return the stored M₀, because
+        `track` may have updated the buffer `median_rms` since the first call.
         """
         if self.config.gain_cap is None:
             return None
@@ -284,7 +285,7 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def track_norms(self, rms: Tensor, *, reset: bool = False) -> None:
-        """Update M₀ with the median of `rms` (B,), the root mean square of M for each image of a batch.
+        """Update M₀ with the median of `rms` (B,), which contains the root mean square of M for each image of a batch.
 
         With `reset`, the median replaces M₀.
         """
@@ -320,7 +321,9 @@ class SRMNeck(Mixer):
             self.link(*pair).theta.clamp_(-limit, limit)
 
     def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
-        """Measure links, updates and gate on one batch; return JSON values (article, tables 1 and 2, figures 3 and 4).
+        """Return statistics of links, updates and gate for one batch, as JSON values.
+
+        Source: article, tables 1 and 2, figures 3 and 4.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.

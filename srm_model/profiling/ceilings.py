@@ -45,7 +45,8 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, effort: Effort
 def _best(times: Times) -> float:
     """Return `times.least` or `times.typical`, whichever is shorter.
 
-    `typical` can be shorter only on a CPU with one thread, because there it is a CPU time and `least` is a wall-clock
-    time. Other processes lengthen wall-clock times, but affect CPU times only a little.
+    `least` is the shortest elapsed time. On a CPU with one thread, `typical` is the median CPU time, which can be
+    shorter than `least`, because other processes lengthen elapsed times but affect CPU times only a little. In all
+    other cases, `typical` is the median elapsed time, which is never shorter than `least`.
     """
     return min(times.least, times.typical)

@@ -1,8 +1,8 @@
 """Count parameters and multiply-accumulates (MACs) of necks and models.
 
-MACs are counted in three ways: by a formula, by torch and by fvcore. The three counts must agree. One multiply-add is
-one MAC. Only matrix products and convolutions are counted. Counts are for the forward pass of one image, unless stated
-otherwise.
+MACs are counted in three ways: by a formula, by torch and by fvcore. Tests check that the three counts agree. One
+multiply-add is one MAC. Only matrix products and convolutions are counted. Counts are for the forward pass of one
+image, unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def neck_macs(
 ) -> dict[str, int]:
     """Compute the MACs of each part of a neck by a closed formula (docs/METHOD.md §2.2).
 
-    - "align": the alignment. In the pooled form, it is computed for every source map, for the target map of every link,
-      and for the pooled maps of the fused stages. In the unpooled form, it is computed once for every map that is used.
-    - "projections": the products with W_Q, W_K, W_V and W_O. The product with W_O is computed on the P×P grid.
-    - "links": the attention of all links and heads. In the pooled form, the product with the solution X is
+    - "align": the alignment. In the pooled form, each source map is aligned once. In addition, each link into a fused
+      stage aligns its target map, and the P×P map of each fused stage is aligned once. In the unpooled form, each map
+      that a link or the gate reads is aligned once.
+    - "projections": the products with W_Q, W_K, W_V and W_O of the links into fused stages. The product with W_O is
       computed on the P×P grid.
+    - "links": the attention of the links into fused stages, over all heads. In the pooled form, the product with X, the
+      solution of the landmark system, is computed on the P×P grid.
     - "gate": the convolutions and the linear layers of the gate.
     """
     C, P2 = config.channels, config.pool_size**2
@@ -80,7 +82,8 @@ def neck_macs(
 def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int | None = None) -> int:
     """Compute the MACs of the attention of one link over all heads, without projections.
 
-    `cells` is the number of cells of the grid in the pooled form, and None in the unpooled form.
+    If the link runs in the pooled form (docs/METHOD.md §1.5), `cells` is the number of cells of the P×P grid. Otherwise
+    it is None.
     """
     d, H = config.head_dim, config.heads
     if neck == "quadratic":
@@ -94,7 +97,8 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
 def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
     """Count MACs with torch's FlopCounterMode. Module and inputs may be on the meta device.
 
-    With `backward`, the count includes a backward pass from the sum of all results that require a gradient.
+    With `backward`, the count includes a backward pass. Its loss is the sum of all elements of the results that require
+    a gradient.
     """
     with FlopCounterMode(display=False) as counter:
         result = module(*inputs)

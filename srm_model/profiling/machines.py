@@ -42,8 +42,8 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 def clocks(device: torch.device) -> dict[str, float | None]:
     """Return the current clock rates in MHz.
 
-    For a GPU, the result has the rates of the multiprocessors and of the memory, and the maximum of each rate. For a
-    CPU, it has the mean rate of the cores.
+    For a GPU, the result has the clock rates of the multiprocessors and of the memory, and the maximum of each of these
+    two rates. For a CPU, the result has the mean clock rate of the cores.
     """
     if device.type == "cuda":
         names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
@@ -58,7 +58,10 @@ def clocks(device: torch.device) -> dict[str, float | None]:
 
 
 def folder_name(about: dict[str, Any]) -> str:
-    """Return the folder name of a machine's results: `cpu`, or the GPU's name in lower case with dashes."""
+    """Return the folder name of a machine's results: `cpu`, or the GPU's name, for example `nvidia-h200`.
+
+    The GPU's name is written in lower case, with dashes between the words.
+    """
     if about["kind"] != "cuda":
         return str(about["kind"])
     return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")

@@ -117,8 +117,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _reset_resident() -> int | None:
     """Reset the process's peak resident memory, and return its current resident memory.
 
-    Free memory is returned to the operating system first, if the C library is glibc. The result is None if the peak
-    cannot be reset, for example on systems other than Linux.
+    With glibc as the C library, memory that the process no longer uses is first returned to the operating system. The
+    result is None if the peak cannot be reset, for example on systems other than Linux.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

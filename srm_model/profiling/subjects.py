@@ -96,8 +96,8 @@ class Subject:
         For the direction "forward", the bound counts the inputs, the parameters and, for a neck, the result. The scores
         of a model are not counted. For "backward", the bound is twice as large, because it also counts the gradients of
         these tensors. The images of a model are counted twice too, although they have no gradient. For "step", the
-        bound has seven more passes over the parameters: the optimiser reads the gradient, the weight and two moments,
-        and writes the weight and both moments.
+        bound is that of "backward" plus seven times the size of the parameters, because the optimiser reads the
+        gradient, the weight and two moments, and writes the weight and both moments.
         """
         weights = bytes_of(*self.module.parameters())
         result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize
@@ -107,10 +107,11 @@ class Subject:
         return 2 * through + (7 * weights if self.case.direction == "step" else 0)
 
     def solve(self) -> Callable[[], object] | None:
-        """Return a function that only solves the landmark systems of this case, or None if the neck is not "srm".
+        """Return a function that solves the landmark systems of this case, or None if the neck is not "srm".
 
-        The returned function also runs the backward pass of the solution, unless the direction of the case is
-        "forward".
+        The function is used to time the solver without the rest of the neck. For the direction "forward", it runs only
+        the forward pass of the solver. For the directions "backward" and "step", it also runs the solver's backward
+        pass.
         """
         if self.case.neck != "srm":
             return None

@@ -71,7 +71,8 @@ class Sweep:
     """Measure cases on one device in one run.
 
     The counts of parameters and MACs are reused for later cases that differ only in backend, batch size or dtype. The
-    ceilings of a case are the highest that have been measured for its dtype so far.
+    ceilings, which are the copy bandwidth and the matrix-product throughput of the device, are measured again for each
+    case. The row of a case contains the highest ceilings that have been measured so far for the dtype of the case.
     """
 
     device: torch.device
@@ -224,8 +225,8 @@ def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
     In table 3, a case is the forward pass of a neck for one image. For the training throughput, a case is a training
-    step of a model with four images. Images have 512×512 pixels, and the dtype is bf16. `narrowed` contains arguments
-    of `cases` that replace these values.
+    step of a whole model on a batch of four images. In both, images have 512×512 pixels, and the dtype is bf16.
+    `narrowed` contains arguments of `cases`; they replace these values, or the defaults of `cases`.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}

@@ -12,7 +12,7 @@ Table = tuple[list[str], list[list[str]]]
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Return the table of parameters and of multiply-accumulates, which are counted in three ways.
 
-    The column "of it links" has the MACs of the part "links" of `neck_macs`: the attention of all links and heads.
+    The column "of it links" has the MACs of the attention of all links and heads (the entry "links" of `neck_macs`).
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
@@ -71,8 +71,8 @@ def shares(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     - the time of the neck, divided by the time of the model with this neck.
 
     A time is None if it was not measured. A ratio is None if one of its two times was not measured. A neck without any
-    of the three ratios has no row. The first two ratios of `quadratic` are always 1, so `quadratic` has a row only if
-    its third ratio is known.
+    of the three ratios has no row. For the neck `quadratic`, the first two ratios compare the neck with itself and are
+    always 1, so they do not count: `quadratic` has a row only if its third ratio is known.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}

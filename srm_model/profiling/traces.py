@@ -25,7 +25,8 @@ def slug(case: Case) -> str:
 def write_trace(subject: Subject, folder: Path) -> list[Path]:
     """Write a trace of one call and a list of the most expensive kernels; return the paths of both files.
 
-    The trace is `trace-<case>.json`, for chrome://tracing or Perfetto. The list is `trace-<case>.txt`.
+    The trace `trace-<case>.json` can be opened in chrome://tracing or Perfetto. The list of kernels is
+    `trace-<case>.txt`; on a CPU, it lists operators.
     """
     cuda = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -18,8 +18,8 @@ def write_audit(document: Mapping[str, Any], path: str | Path) -> Path:
     """Write the page of an audit.
 
     Args:
-        document: `Audit.to_dict()` or the contents of audit.json. The keys `title`, `dataset` (a text) and
-            `certificates`, which `Audit.to_dict()` does not have, are optional.
+        document: `Audit.to_dict()` or the contents of audit.json. `Audit.to_dict()` contains all required keys. Three
+            more keys are optional: `title`, `dataset` (a text) and `certificates`.
         path: File to write.
 
     Returns:

@@ -14,7 +14,7 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
     """Compute the SROCC of every score vector on the same resamples of the images.
 
     A resample draws images independently of each other, with replacement. However, distorted versions of the same
-    photograph are not independent, so intervals may be too narrow.
+    photograph are not independent, so bootstrap intervals from these resamples may be too narrow.
 
     Args:
         mos: Labels, (n,).
@@ -22,7 +22,8 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 
     Returns:
         The SROCC of each score vector on each resample, (len(scores), REPLICATES). An SROCC is NaN if all labels or all
-        scores in the resample are equal. It is also NaN on all resamples if a score of the vector is not finite.
+        scores in the resample are equal. If a label or a score of a vector is not finite, all SROCCs of this vector are
+        NaN.
     """
     counts = _counts(len(mos))
     labels = _centred_ranks(mos, counts)
@@ -56,7 +57,7 @@ def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:
-    """Return the central 95 % interval of the finite replicates. Return None if more than 5 % are not finite."""
+    """Return the central 95 % interval of finite replicates, or None if over 5 % of all replicates are not finite."""
     finite = replicates[np.isfinite(replicates)]
     if len(finite) < 0.95 * len(replicates):
         return None

@@ -47,7 +47,8 @@ STYLE = drawing.STYLE | {
 class Series:
     """A line of a chart.
 
-    `look` is the index of the line's dash, marker and colour. The colours are the CSS variables --s0, --s1, ….
+    `look` is one index that selects the dash, the marker and the colour of the line. The colours 0, 1, … are the CSS
+    variables --s0, --s1, … of the page.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Helpers for all charts: matplotlib's settings, the style of series, and SVG for files and pages."""
+"""Helpers for all charts: matplotlib's settings, the style of data series, and SVG for files and pages."""
 
 from __future__ import annotations
 

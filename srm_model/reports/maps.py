@@ -1,4 +1,4 @@
-"""Draw a quality map: the image on the left, the map over a grey copy of the image on the right, and a colour bar."""
+"""Draw a quality map: the image (left), the map on top of a grey copy of the image (right), and a colour bar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def draw_map(
     Args:
         path: File to write.
         image: The scored image, (H, W, 3) in [0, 1].
-        change: (H, W), for each pixel the change of the score if a window around the pixel is replaced.
+        change: (H, W), for each pixel the change of the score after a window is replaced, averaged over all windows
+            with the pixel.
         score: Score of the image.
         caption: Text that says how the map was computed.
         model: Name of the model.

@@ -169,7 +169,10 @@ def _versions(run: Run) -> Child:
 
 
 def _kernels(run: Run) -> dict[str, str]:
-    """Return, for each neck, which backends ran in evaluation and attacks, and which verdict or setting chose them."""
+    """Return a text for each neck that says which backends ran in evaluation and attacks, and why they were chosen.
+
+    The reason is a setting, a verdict of `srm-iqa verify`, or that there is no verdict.
+    """
     found = {}
     for neck in run.necks:
         sentences = [neck.evaluation.kernels if neck.evaluation else None]

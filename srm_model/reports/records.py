@@ -100,10 +100,11 @@ class StudyResults:
 
 
 def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
-    """Return a sort key that puts lines in the order of the study, regardless of which process finished first.
+    """Return the sort key of a line of `results.jsonl`, computed from the identity of the line.
 
-    The sort key has the positions of the dataset, backbone, variant and neck in the study's lists, then the position of
-    the norm in `NORMS`, then ε and the seed.
+    Several processes can append lines to the file, so the order of the lines in the file depends on their speed. The
+    sort key gives a fixed order. It consists of the positions of the dataset, backbone, variant and neck in the study's
+    lists, then the position of the norm in `NORMS`, then ε and the seed.
     """
     listed = (
         ("data", list(study.get("data", ()))),
@@ -136,9 +137,9 @@ def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
-    """Return the mean ± standard deviation of a number over lines, as text. The variance is divided by n − 1.
+    """Return the mean ± standard deviation of one number per line, as text. The divisor of the variance is n − 1.
 
-    The lines are results of the same measurement with different seeds. `keys` is the path to the number in the values
+    The n lines are results of the same measurement with different seeds. `keys` is the path to the number in the values
     of each line, as in `numbers_of`. If there is only one line, the text is the number alone.
     """
     mean = fixed(mean_of(lines, *keys))

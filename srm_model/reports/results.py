@@ -1,4 +1,4 @@
-"""Show the correlations on clean and on attacked images, and the uncertainty of these correlations."""
+"""Show how well scores and labels correlate, on clean and attacked images, with the uncertainty of this correlation."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ EXAMPLES_PER_BUDGET = 3
 
 
 def label_words(labels: str) -> str:
-    """Return the name of a kind of labels for an axis title, for example "mean opinion" for "mos"."""
+    """Return what an axis title calls the labels, for example "mean opinion" if `labels` is "mos"."""
     kind, _, name = labels.partition(":")
     known = {"metric": name.upper(), "mos": "mean opinion", "opinions": "mean opinion of a similar image"}
     return known.get(kind, labels)

@@ -30,7 +30,8 @@ def write_study(
         folder: Folder of the study.
         table_numbers: Numbers of the tables to write.
         figure_numbers: Numbers of the figures to write.
-        out: File of the page, if the page is written. Default: `report.html` in the study's folder.
+        out: File of the page with all tables and figures. Default: `report.html` in the study's folder. If
+            `table_numbers` or `figure_numbers` is given, no page is written.
 
     Returns:
         The tables, and the paths of all written files.

@@ -1,4 +1,4 @@
-"""Draw figures 3 to 5 of the article, and a further figure 6, from a study's results, as SVG and PNG."""
+"""Draw figures 3 to 5 of the article and an additional figure 6 from the results of a study; save SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -161,10 +161,11 @@ def _steps(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 6: mean and standard deviation over seeds of the worst SROCC of the attack suite, for each budget.
+    """Draw figure 6: the worst SROCC over the attacks of the suite, by budget.
 
-    The figure shows models that were attacked at several budgets in the same norm. If some of these models have fewer
-    seeds than others, only the models with the most seeds are shown. Tables 8 and 11 contain the other models.
+    Each point is a mean over seeds, and its error bar is the standard deviation over seeds. The figure shows models
+    that were attacked at several budgets in the same norm. If some of these models have fewer seeds than others, only
+    the models with the most seeds are shown. Tables 8 and 11 contain the other models.
     """
     lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
     groups = [
@@ -201,7 +202,12 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
-    """Return the budgets of all attacks with the same model and norm as the attack of the results line `line`."""
+    """Return the budgets at which the study attacked the model of `line` with the norm of `line`.
+
+    Args:
+        results: Results of the study.
+        line: Results of one attack: a line of `results.jsonl` of the kind "attack".
+    """
     keys = (*_SERIES, "norm")
     return {
         other["identity"]["eps"]
@@ -211,7 +217,14 @@ def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
 
 
 def _variant(identity: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
-    """Return neck and variant as text. If the lines `among` differ in backbone or dataset, add backbone and dataset."""
+    """Return the label of a model in a legend: its neck and variant, and if needed its backbone and dataset.
+
+    Backbone and dataset are added if the models in the figure differ in at least one of them.
+
+    Args:
+        identity: The field "identity" of the model's results.
+        among: Lines of `results.jsonl` for all models in the figure.
+    """
     places = {(line["identity"]["data"], line["identity"]["backbone"]) for line in among}
     place = f", {identity['backbone']}, {identity['data']}" if len(places) > 1 else ""
     return f"{model_text(identity['neck'], identity['variant'])}{place}"

@@ -84,10 +84,11 @@ def html(found: Table) -> Markup:
 
 
 def rows_of(found: Table) -> list[dict[str, Any]]:
-    """Return one dict for each row: the number of the table under "table", and the text of each cell under its column.
+    """Return one dict for each row of a table, with the text of each cell.
 
-    If several columns have the same heading, such as "Δ", the name of each of them starts with the heading of the
-    column on its left: "clean SROCC, Δ".
+    The key "table" holds the number of the table. The key of each cell is the heading of its column. If several columns
+    have the same heading, such as "Δ", each of their keys starts with the heading of the column on the left, as in
+    "clean SROCC, Δ".
     """
     columns = found.columns
     names = [
@@ -128,7 +129,7 @@ def _table(
 
 
 def _rows(lines: Lines, keys: Sequence[str], cells: Callable[[Lines], Iterable[str]]) -> list[list[str]]:
-    """Return a table row for each group of result lines whose identities have the same values of `keys`.
+    """Return one table row for each group of result lines that have the same values of `keys` in their identities.
 
     The first cells of a row are dataset, backbone and model. The function `cells` returns the other cells.
     """

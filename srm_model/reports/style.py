@@ -1,7 +1,7 @@
 """The style sheet of the pages.
 
-The colours --s0 to --s3 of series are based on the palette of Okabe and Ito. The colours --s4 to --s7 are an ordered
-ramp, for example for stages.
+The colours --s0 to --s3 are for data series such as necks, and are based on the palette of Okabe and Ito. The colours
+--s4 to --s7 are an ordered ramp, for example for the stages of the backbone.
 """
 
 STYLE = """

@@ -49,7 +49,8 @@ def drop(clean: float, attacked: float) -> str:
 def model_text(neck: str, variant: str) -> str:
     """Return the name of a model: its neck, then its variant unless the variant is "full".
 
-    If the variant starts with "baseline, " or with the name of the neck, this part of the variant is omitted.
+    If the variant starts with "baseline, " or with the name of the neck and a comma, this part of the variant is
+    omitted.
     """
     if variant == "full":
         return neck

@@ -59,7 +59,11 @@ def training(run: Run) -> Child:
 
 
 def mechanism(run: Run) -> Child:
-    """Return the content of the diagnostics section: gate weights, share of capped images, and the other quantities."""
+    """Return the content of the diagnostics section: two charts and a table for each neck.
+
+    The charts show the gate weights and the share of capped images over the epochs. The table shows the other logged
+    diagnostics of the first and the last epoch.
+    """
     logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
     if not logged:
         return missing("No diagnostics of a neck were logged.")
@@ -176,7 +180,10 @@ def _diagnostics_table(neck: Neck) -> Markup | None:
 
 
 def _quantities(diagnostics: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the values of each quantity for all links and heads. If quantiles were logged, return the medians."""
+    """Return a dict from each quantity to its values, for all links and heads.
+
+    Where quantiles of a quantity were logged, its only values are the medians.
+    """
     found: dict[str, list[float]] = {}
     for key, value in diagnostics.items():
         if key != "links" or not isinstance(value, dict):

@@ -37,8 +37,9 @@ RUN = "run.json"
 def process_group() -> Iterator[bool]:
     """Join the process group of torchrun, and yield whether this process writes results.
 
-    If there is only one process, it joins no group and writes results. Otherwise, the group uses gloo for CPU tensors
-    and pickled objects and, if CUDA is available, NCCL for GPU tensors. The first rank writes results.
+    A process that runs alone joins no group and writes the results. In a group of several processes, only the first
+    rank writes the results. The group uses gloo for CPU tensors and for pickled objects. If CUDA is available, the
+    group uses NCCL for GPU tensors.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
@@ -74,16 +75,17 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
     If the folder is inside the folder of a run or of a study, the outer folder is locked too, unless it is read-only.
-    The folder of a run gets a shared lock, so other commands can write to other checkpoints of the run. The folder of a
-    study gets an exclusive lock, because each process of `srm-iqa ablate` may write to any folder of its study. In a
-    process group, the first rank holds the locks.
+    The folder of a run gets a shared lock, so other commands can write to other checkpoints of the run at the same
+    time. The folder of a study gets an exclusive lock, because `srm-iqa ablate` may write to any folder of the study
+    and must not run at the same time. In a process group, the first rank holds the locks.
 
     Args:
         folder: Folder to lock.
         shared: Whether other commands that also pass `shared` may write to the folder at the same time.
 
     Raises:
-        ValueError: Another process writes to the folder. Every rank raises this error.
+        ValueError: Another process has locked the folder, or the folder of its run or study. The error is raised on
+            every rank.
     """
     path = Path(folder).resolve()
     above = [
@@ -164,7 +166,11 @@ def _files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
-    """Restore a file's earlier content, or remove the file if `content` is None. Remove empty folders in `made`."""
+    """Restore the earlier content of the file `path`, and remove new empty folders.
+
+    If `content` is None, the file did not exist earlier and is removed. `made` is the set of new files and folders; the
+    empty folders in this set are removed.
+    """
     if content is None:
         path.unlink()
     else:
@@ -228,7 +234,10 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def checkpoints_of_study(folder: str) -> dict[str, Path]:
-    """Return a dict from names, which tables print, to the folders of all checkpoints of a study or a run."""
+    """Return the folders of all checkpoints of a study or a run, as a dict.
+
+    The keys are names of the checkpoints, which are printed in tables.
+    """
     root = Path(folder)
     if (root / STUDY).is_file():
         found = sorted(path.parent for path in (root / "runs").rglob(CONFIG))
@@ -294,7 +303,10 @@ def batches(dataset: Any, indices: Sequence[int], size: int) -> Iterator[torch.T
 
 
 def dataset_card(dataset: Any) -> dict[str, Any]:
-    """Return the description of a dataset for cards and run.json. `dataset` is any split of the dataset."""
+    """Return the description of a dataset for the cards of checkpoints and for run.json.
+
+    The argument `dataset` is one split of the dataset. All splits give the same description.
+    """
     ceiling = getattr(dataset, "type_level_srocc", None)
     return {
         "name": dataset.name,
@@ -315,7 +327,7 @@ def dataset_for(
     Args:
         card: Card of the checkpoint.
         config: Config with the seed of the split and the image size.
-        root: Folder of the dataset. Default: the dataset that was used for training.
+        root: Folder of the dataset. None means the dataset that was used for training.
         split: "train", "val" or "test".
         progress: Whether to show a progress bar while files are checked.
 

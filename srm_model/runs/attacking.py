@@ -53,7 +53,7 @@ def attack_checkpoint(
         suite: Name of the suite.
         progress: Whether to report progress on stderr.
         writes: Whether this rank writes the result.
-        within: Subfolder of `folder/attacks/`.
+        within: Subfolder of `folder/attacks/` for the result. Default: the result is saved in `folder/attacks/` itself.
 
     Returns:
         The contents of the JSON file.
@@ -131,7 +131,8 @@ def attack_model(
         dataset, config, suite, progress, writes: As in `attack_checkpoint`.
         path: File of the result.
         settings: Settings to save in the file. `known_result` later compares them with the settings of a new attack.
-        about: Function that is called after the attack. Its result is saved in the file.
+        about: Function that is called after the attack and returns a dict of further facts about the run. The entries
+            of this dict are also saved in the file. Default: no entries.
         options: Further arguments of `Suite.run`: norm, eps, surrogate, logistic, limit and keep.
 
     Returns:

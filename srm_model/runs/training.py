@@ -21,7 +21,7 @@ EVALUATION = "evaluation.json"
 
 
 def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
-    """Build a model. Its initial weights depend only on the config's seed, except for pretrained weights."""
+    """Build a model. Initial weights that are not pretrained depend only on the config's seed."""
     with seeded(config.seed):
         return build_model(backbone, neck=neck, pretrained=pretrained, config=config)
 
@@ -40,8 +40,9 @@ def train_neck(
 ) -> None:
     """Train a model, evaluate its best epoch on the test split, and save the result in `evaluation.json`.
 
-    With `resume`, finished epochs are not trained again. The evaluation is skipped if `evaluation.json` already belongs
-    to the same weights. In a process group, every rank calls this function, and the first rank writes the files.
+    With `resume`, finished epochs are not trained again. The evaluation is skipped if `evaluation.json` already has the
+    result for the weights of the best epoch. In a process group, every rank calls this function, and the first rank
+    writes the files.
 
     Args:
         model: Model to train.
@@ -94,6 +95,9 @@ def train_neck(
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
-    """Return the logistic map from a checkpoint's card, or None. The map was fitted on the validation set."""
+    """Return the logistic map that is stored in a checkpoint's card, or None if the card has no logistic map.
+
+    Training fits the map to the scores of the validation set.
+    """
     values = card.get("logistic")
     return None if values is None else LogisticMap.from_dict(values)

@@ -66,7 +66,10 @@ class Model:
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate model of the transfer attack on this model. The surrogate never has overrides."""
+        """The surrogate: the model on which the transfer attacks against this model are crafted.
+
+        The surrogate has another neck, and is a model without overrides even if this model has overrides.
+        """
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
@@ -141,8 +144,8 @@ class Study:
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
         """Return the budgets of a model.
 
-        The ablations are compared with the `srm` model without overrides on the first dataset and backbone. This model
-        therefore has the budgets of the ablations too.
+        The baseline of the ablations is the model with the first dataset, the first backbone, the neck `srm` and no
+        overrides. To be comparable with the ablations, the baseline also has the budgets of all ablations.
         """
         if model.variant != FULL:
             return self.ablation_budgets[model.variant]
@@ -189,8 +192,9 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
     Args:
         path: The file.
-        roots: Folders of datasets by name. They replace the file's `data`. If a protocol in the file lists these
-            datasets under `for`, the protocol's other keys override the keys of the file (docs/RECIPES.md).
+        roots: A mapping from names of datasets to folders, which replaces `data` of the file. If a protocol in the file
+            lists the datasets of `roots` under `for`, the protocol's other keys override the keys of the file
+            (docs/RECIPES.md).
 
     Raises:
         ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
@@ -236,8 +240,8 @@ def _checked(values: Any) -> dict[str, Any]:
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
     """Return the contents of the file, with `roots` as the value of the key `data`.
 
-    `roots` maps names of datasets to folders. If a protocol in the file lists these datasets under `for`, the
-    protocol's other keys override the keys of the file.
+    `roots` maps names of datasets to folders. If a protocol in the file lists the datasets of `roots` under `for`,
+    the protocol's other keys override the keys of the file.
     """
     chosen = set()
     for root in roots:
@@ -389,7 +393,8 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
 def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
     """Read one group of stronger attacks.
 
-    `trained` maps the name of each neck and each ablation to its seeds. The group's `models` must be keys of `trained`.
+    `trained` maps the name of each neck and each ablation to its seeds. Each name in the group's list `models` must be
+    a key of `trained`.
     """
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
@@ -458,7 +463,11 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Read budgets as pairs (norm, ε). If no key of `values` is a norm, use `tables_of(config)` of every norm."""
+    """Read the budgets of an attack as pairs (norm, ε).
+
+    Each key of `values` that is the name of a norm has a list of budgets ε. If no key is the name of a norm, the
+    default is used: `NORMS[norm].tables_of(config)` for every norm.
+    """
     for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")
@@ -485,7 +494,7 @@ def _budget(norm: str, value: Any) -> float:
 
 
 def _texts(values: Mapping[str, Any], *keys: str) -> None:
-    """Raise ValueError if the list of a key contains a value that is not a string, or contains a string twice."""
+    """Raise ValueError unless the list `values[key]` of each given key contains only strings, and no string twice."""
     for key in keys:
         found = values.get(key, [])
         if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):

@@ -69,7 +69,11 @@ def model_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def attack_jobs(c: Context, model: Model, stronger: Stronger | None = None) -> Iterator[Job]:
-    """Yield an attack at each budget, with the settings of the study or of a group of stronger attacks."""
+    """Yield one attack on a model for each budget.
+
+    If `stronger`, a group of stronger attacks, is given, it determines the budgets, the suite and the settings of the
+    attacks. Otherwise, the study determines them.
+    """
     for norm, eps in c.study.budgets_of(model) if stronger is None else stronger.budgets:
         suite = c.study.suite if stronger is None else stronger.suite
         identity = {**model.identity, "norm": norm, "eps": eps, "images": c.study.images, "suite": suite}
@@ -96,8 +100,8 @@ def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
     """Yield audits at the last budget of the config's `eps_linf_tables`.
 
-    A model with the neck `srm` and without overrides is audited once as trained, and once after each swap in
-    `audit_swaps`.
+    Models are audited as trained. A model with the neck `srm` and without overrides is also audited after each swap in
+    `audit_swaps`, which changes settings of the trained model without new training.
     """
     for model in filter(c.study.audited, models):
         eps = model.config.eps_linf_tables[-1]

@@ -27,7 +27,12 @@ from srm_model.training.loop import HISTORY
 
 
 def trained(c: Context, model: Model) -> dict[str, Any]:
-    """Train a model; return the correlations of its best epoch on clean test images, and details of the checkpoint."""
+    """Train a model, and return its SROCC and PLCC on clean test images together with facts about its checkpoint.
+
+    The checkpoint is that of the epoch with the highest SROCC on the validation split. The facts are the number of
+    this epoch ("epoch"), its validation results ("val"), the digest of the weights ("sha256") and the folder
+    ("folder").
+    """
     folder = c.out / model.folder
     train_neck(
         new_model(model.backbone, model.neck, model.config, pretrained=c.study.pretrained),
@@ -116,7 +121,10 @@ def swapped(model: Any, changes: dict[str, Any]) -> Any:
 
 
 def _surrogate(c: Context, model: Model) -> Path | None:
-    """Return the folder of a model's surrogate, or None if the study does not train the surrogate."""
+    """Return the folder with the surrogate's checkpoint, or None if the study does not train the surrogate.
+
+    The surrogate is the model on which the transfer attacks against `model` are crafted.
+    """
     folder = c.out / model.surrogate.folder
     return folder if (folder / CONFIG).is_file() else None
 
@@ -217,11 +225,12 @@ def diagnosed(c: Context, model: Model) -> dict[str, Any]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """Return a dict per epoch: number, τ, scale of Y before and after rescaling by τ, and share of capped images.
+    """Return one dict for each epoch of the training.
 
-    Y is the attention output of a link. Its scale is σ̄ / σ_ref before Y is multiplied by τ, and τ·σ̄ / σ_ref
-    afterwards. σ_ref is the `reference_scale` of the link. τ and the two scales are medians over all links and heads.
-    An image is capped if the gain cap reduces its fused map.
+    Each dict has the number of the epoch, τ ("tau"), two scales of the attention output Y of a link, and the share of
+    images whose fused map the gain cap reduced ("gain_active"). The scale of Y is σ̄ / σ_ref before Y is multiplied by
+    τ ("sigma_before_tau"), and τ·σ̄ / σ_ref afterwards ("sigma_after_tau"). σ_ref is the `reference_scale` of the link.
+    τ and the two scales are medians over all links and heads.
     """
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():

@@ -18,9 +18,9 @@ from srm_model.study.jobs import Job
 def record(job: Job, c: Context) -> None:
     """Measure a job and append its line to the results.
 
-    If the results already have a line of this job, the job is a training that was finished before, but whose weights
-    were lost or changed. The training then runs again, but no second line is appended. The new weights must equal the
-    original weights.
+    If a job already has a line in the results, the job is a training whose weights were lost or changed after the line
+    was written. In this case, `record` runs the training again, but appends no second line. The new weights must equal
+    the original weights.
 
     Raises:
         ValueError: A repeated training gave weights that differ from the original weights.
@@ -53,7 +53,7 @@ def record(job: Job, c: Context) -> None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code, or None outside a checkout. A "+" marks uncommitted changes."""
+    """Return the commit of the code, followed by "+" if there are uncommitted changes, or None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]

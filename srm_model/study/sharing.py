@@ -1,4 +1,4 @@
-"""Run jobs of a study that have no result: one job, or all jobs, which several processes on this machine can share."""
+"""Run one job of a study, or all jobs without a result; several processes on this machine can share the jobs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT = 2.0  # seconds between checks for results of other processes
 def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
     """Return jobs without a result, and finished trainings that must run again.
 
-    A finished training must run again if its weights are lost or changed and a job without a result needs the weights.
+    A finished training must run again if a job without a result needs its weights, but the weights are lost or changed.
     """
     records = Records(out)
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
@@ -41,7 +41,7 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def share(jobs: Sequence[Job], c: Context) -> None:
-    """Run the jobs that `missing` returns, until it returns none. Skip a job while another process runs it."""
+    """Run the jobs that `missing` returns, until no job is left; skip a job while another process runs it."""
     while left := missing(jobs, c.out):
         untrained, count, idle = _untrained(left), len(left), True
         for job in left:

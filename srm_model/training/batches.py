@@ -10,10 +10,10 @@ import numpy as np
 def epoch_batches(
     count: int, batch_size: int, *, seed: int, epoch: int, processes: int = 1
 ) -> list[list[int]]:
-    """Return the image indices of each batch of an epoch, in an order that depends only on seed and epoch.
+    """Shuffle the images for an epoch and split them into batches; return the image indices of each batch.
 
-    Batches with fewer images than there are processes are dropped. A last batch with only one image is also dropped,
-    unless `batch_size` is 1 or there is no other batch.
+    The shuffled order depends only on `count`, `seed` and `epoch`. Batches with fewer images than there are processes
+    are dropped. A last batch with only one image is also dropped, unless `batch_size` is 1 or there is no other batch.
 
     Raises:
         ValueError: No batch is left.
@@ -32,10 +32,10 @@ def epoch_batches(
 
 
 def deal(batch: Sequence[int], *, accumulate: int, rank: int, processes: int) -> list[list[int]]:
-    """Split a batch into micro-batches, and return the share of process `rank` in each micro-batch.
+    """Split a batch into micro-batches; return the images of process `rank` in each micro-batch.
 
-    No share is empty, and all processes get the same number of shares. A batch with too few images for `accumulate`
-    micro-batches is split into fewer micro-batches.
+    Every process gets at least one image of each micro-batch. A batch with too few images for `accumulate`
+    micro-batches is therefore split into fewer micro-batches.
     """
     pieces = min(accumulate, len(batch) // processes)
     return [_piece(_piece(batch, number, pieces), rank, processes) for number in range(pieces)]

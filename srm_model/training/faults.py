@@ -49,7 +49,10 @@ class Termination:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Preempted when SIGTERM arrives during the block, or at the block's start if SIGTERM arrived earlier."""
+        """Raise Preempted as soon as SIGTERM arrives within the block.
+
+        If SIGTERM has already arrived before the block, Preempted is raised at the start of the block.
+        """
         self._at_once = True
         try:
             if self.received:
@@ -84,7 +87,7 @@ def outlive_sigterm(worker: int) -> None:
 
 
 def worker_start() -> Callable[[int], None]:
-    """Return a `worker_init_fn` that makes a worker ignore SIGTERM and use this process's limit of pixels per image."""
+    """Return a `worker_init_fn` that makes a worker ignore SIGTERM and use its parent's limit of pixels per image."""
     return partial(_start, Image.MAX_IMAGE_PIXELS)
 
 
@@ -97,13 +100,13 @@ def _start(max_pixels: int | None, worker: int) -> None:
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     """Yield an iterator over a loader's batches, and end the loader's workers at the end of the block.
 
-    The workers are also ended if the loader fails to start. Without this function, Python would end the workers later,
-    and could fail in two ways:
+    The workers are also ended if the loader fails to start. Without this function, the workers would run as long as the
+    iterator exists, which can cause two problems:
 
     - A traceback can keep the iterator and its workers alive until Python exits. Python then sends SIGTERM to the
       workers and waits for them. The workers ignore SIGTERM, so Python would wait forever.
     - If the garbage collector removes the iterator, the iterator's threads can close the descriptor of a pipe twice.
-      When it is closed for the second time, the descriptor can already belong to another file.
+      If another file has received the same descriptor in between, this file is closed by mistake.
     """
     workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None

@@ -89,15 +89,16 @@ def train(
     The folder receives these files:
 
     - `model.safetensors` and `config.json`: the checkpoint of the epoch with the best validation SROCC;
-    - `state.safetensors` and `state.previous.safetensors`: the last state and the previous state of the training;
+    - `state.safetensors` and `state.previous.safetensors`: the latest state of the training and the state before it;
     - `history.jsonl` and `tensorboard/`: losses, validation results and diagnostics of every epoch.
 
     After training, the model has the weights of the last epoch. With `config.weights_ema` > 0, the average of the
     weights is validated and saved in the checkpoint, instead of the current weights.
 
-    A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as an
-    uninterrupted training, because the random numbers of an epoch depend only on the seeds of config and dataset, the
-    epoch and the rank. The order of the images depends only on `config.seed` and the epoch.
+    A state is written after every epoch, when SIGTERM arrives, and every `save_every` steps if this argument is given.
+    A resumed training gives the same result as an uninterrupted training: the random numbers of an epoch depend only on
+    `config.seed`, the dataset's seed, the epoch and the rank, and a state within an epoch contains the states of the
+    random generators. The order of the images depends only on `config.seed` and the epoch.
 
     In a process group (torchrun), every rank calls this function with the same arguments and the same folder. Each
     batch is divided among the ranks. The statistics and losses of a batch are the same as in one process. Only rank 0
@@ -331,10 +332,10 @@ class _Run:
         return self.model if self.average is None else self.average
 
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train an epoch; return its row of the history, still without validation results, and its progress.
+        """Train an epoch; return the epoch's row of the history and the epoch's progress (`Progress.to_dict`).
 
-        If the validation of the epoch fails, `_validate` saves this progress, so that a resumed training validates the
-        epoch without training it again.
+        The row has no validation results yet. If the validation of the epoch fails, `_validate` saves the progress, so
+        that a resumed training validates the epoch without training it again.
         """
         config = self.config
         batches = self._batches(epoch)
@@ -396,8 +397,8 @@ class _Run:
     def _rates(self, factor: float) -> dict[str, float]:
         """Return the learning rate of each parameter group with weight decay, by the name of the group.
 
-        Backbone and neck each have a parameter group with weight decay and a group without weight decay. Both groups
-        have the same learning rate, so the result omits the groups without weight decay.
+        The backbone has two parameter groups, one with and one without weight decay, and so has the neck. The two
+        groups of a module have the same learning rate, so the result omits the groups without weight decay.
         """
         return {
             group["name"]: factor * group["base_lr"]
@@ -428,8 +429,8 @@ class _Run:
     def _attacked(self, parts: list[_Part], epoch: int, index: int, share: float) -> list[_Part]:
         """Attack the images of a step for adversarial training, with the budget `share` · `config.adversarial_eps`.
 
-        The attacked images replace the clean images. With `weight_consistency` > 0, each micro-batch keeps its
-        clean images and also gets the attacked images.
+        If `weight_consistency` is 0, the attacked images replace the clean images. Otherwise, each micro-batch keeps
+        its clean images and also gets the attacked images.
         """
         seed = (self.config.seed, epoch, index, self.rank)
         found = []
@@ -475,9 +476,9 @@ class _Run:
         """If a worker dies in the `with` block, save the progress if possible, and raise a WorkerError.
 
         torch can raise the error of a dead worker at any line of the `with` block. If torch raises it while `_fetch`
-        loads images, `_fetch` handles the error. In all other cases, this context manager handles it, but cannot save
-        the progress during a step, because the step is incomplete, or with several ranks, because all ranks must take
-        part in saving.
+        loads images, `_fetch` handles the error. In all other cases, this context manager handles it. It then saves the
+        progress, except in two situations. During a step, it cannot save, because the step is incomplete. With several
+        ranks, it cannot save, because all ranks must take part in saving.
         """
         try:
             yield
@@ -500,8 +501,8 @@ class _Run:
     def _step(self, parts: list[_Part], count: int) -> tuple[dict[str, Tensor], str]:
         """Run an optimiser step on this rank's share of a batch; return the losses and the outcome.
 
-        `count` is the number of images of the whole batch. The losses are those of the whole batch. The outcome is
-        STEPPED, SKIPPED or FAILED.
+        `count` is the number of images of the whole batch, over all ranks. The returned losses are also computed over
+        the whole batch. The outcome is STEPPED, SKIPPED or FAILED, as in `_update`.
         """
         statistics = self._survey(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
@@ -586,7 +587,12 @@ class _Run:
         return dict(zip(found[0], ranks.total(own) / self.world, strict=True))
 
     def _update(self, loss: Tensor, norm: Tensor) -> str:
-        """Run the optimiser's step if loss and gradient are finite; return STEPPED, SKIPPED or FAILED."""
+        """Run the optimiser's step if loss and gradient are finite.
+
+        Returns:
+            STEPPED if the step was run. SKIPPED if the loss is finite, the gradient is not, and the scale of the loss
+            scaler is above 1: the scaler then lowers its scale, which may avoid the overflow. FAILED otherwise.
+        """
         loss_finite, norm_finite = torch.isfinite(torch.stack([loss, norm.float()])).tolist()
         if loss_finite and norm_finite:
             self.scaler.step(self.optimizer)
@@ -614,7 +620,7 @@ class _Run:
     def _validate(self, row: dict[str, Any], done: dict[str, Any]) -> dict[str, Any]:
         """Validate the model after an epoch; return the completed `row`.
 
-        On an error or SIGTERM, save the state before raising, so that a resumed training does not repeat the epoch.
+        On an error or SIGTERM, save the state before raising, so that a resumed training repeats only the validation.
         """
         try:
             with self.termination.at_once():
@@ -660,7 +666,7 @@ class _Run:
 
 @contextmanager
 def _compiled(model: Any, backend: str | None) -> Iterator[None]:
-    """Compile backbone and head with torch.compile for the duration of the `with` block, but not the neck."""
+    """Compile backbone and head, but not the neck, with torch.compile for the duration of the `with` block."""
     if backend is None:
         yield
         return

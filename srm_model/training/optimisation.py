@@ -62,7 +62,7 @@ def warmup_steps(config: SRMConfig, steps_per_epoch: int) -> int:
 
 @torch.no_grad()
 def average_weights(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Update the average of the weights with decay min(decay, (1 + t) / (10 + t)) at step t. Buffers are copied."""
+    """Update the average of the weights with decay min(`decay`, (1 + t) / (10 + t)) at `step` t; copy all buffers."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], weight)
     for own, other in zip(average.buffers(), model.buffers(), strict=True):

@@ -44,7 +44,13 @@ class Progress:
         return f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
 
     def add(self, losses: dict[str, Tensor] | None, images: int, *, skipped: bool) -> None:
-        """Add a step on a batch of `images` images. `losses` are mean losses, or None if they are not finite."""
+        """Record a finished step.
+
+        Args:
+            losses: Losses of the step by name, each a mean over its batch; None if the losses are not finite.
+            images: Number of images in the batch.
+            skipped: Whether the loss scaler skipped the step.
+        """
         if losses is not None:
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * images

@@ -18,8 +18,8 @@ def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
     """Seed the generators of Python, NumPy and PyTorch for the block, and restore their states afterwards.
 
     The seeds are derived from the non-negative integers `entropy`. The CPU generators have the same seeds on all ranks,
-    because some random numbers are drawn once for the whole batch. The seed of the GPU generator also depends on
-    `rank`.
+    because some random numbers apply to the whole batch and must be equal on all ranks. The seed of the GPU generator
+    also depends on `rank`.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored
@@ -39,7 +39,7 @@ def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and PyTorch's generators, including the GPU's, as JSON values."""
+    """Return the states of the generators of Python, NumPy and PyTorch (CPU and current GPU) as JSON values."""
     version, python, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     return {

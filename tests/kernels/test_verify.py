@@ -664,7 +664,10 @@ def test_what_is_not_supported_or_lacks_memory_is_no_fault(monkeypatch, capsys):
     )
     assert command.main([*ONLY, "--jobs", "1"]) == 0
     assert max(len(row["reason"]) for row in kept().rows) == command.LONGEST
-    assert "not supported" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not supported" in shown
+    assert "out of memory" in shown
+    assert "right" not in shown.rpartition("fp32")[2]
 
 
 def test_wrong_options_are_one_sentence(monkeypatch, capsys):

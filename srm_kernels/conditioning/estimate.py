@@ -8,8 +8,10 @@ smaller than σ_max and 1/σ_min the lower bounds can be:
 
 - Lower bound for σ_max: the iteration starts from the vector of ones and multiplies by A and Aᵀ alternately, k = 8
   times in total. The entries of A are non-negative, so the entries of its leading singular vector are non-negative too.
-  The cosine of the angle between this singular vector and the vector of ones is at least 1/√r. The lower bound is
-  therefore at least r^(−1/(2k)) σ_max for every matrix: 0.77 σ_max at r = 64.
+  The cosine of the angle between this singular vector and the vector of ones is at least 1/√r, so the k products
+  multiply the norm of the vector by at least σ_max^k/√r. The lower bound is the factor of the last product. No product
+  has a smaller factor than the product before it, so the lower bound is at least the k-th root of the whole factor. For
+  every matrix, this is at least r^(−1/(2k)) σ_max: 0.77 σ_max at r = 64.
 - Lower bound for 1/σ_min: the iteration starts from a random normal vector and multiplies by A⁻¹ and A⁻ᵀ alternately,
   k = 3 times in total. For every t > 1, the lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³
   (Dixon 1983, SIAM J. Numer. Anal. 20). The iteration runs from 8 independent start vectors, and the estimate uses the

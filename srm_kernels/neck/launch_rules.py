@@ -146,9 +146,9 @@ def warps(rank: int, d: int) -> int:
 def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
     """Return the number of positions of a tile, and the launch options.
 
-    In bf16, if `heavy(rank, d)` is false, a tile has 64 positions, because the default neck has 64 landmarks. If
-    a tile has as many positions as landmarks, Triton distributes the warps along the positions, so the softmax
-    over the landmarks needs no exchange between warps.
+    If a tile has as many positions as landmarks, Triton distributes the warps along the positions, so the softmax over
+    the landmarks needs no exchange between warps. The default neck has 64 landmarks. In bf16, if `heavy(rank, d)` is
+    false, a tile therefore has 64 positions.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
         return 64, {"num_warps": 4, "num_stages": 1, **register_limit()}

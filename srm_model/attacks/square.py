@@ -46,8 +46,8 @@ def square_trace(
     batch, the changes of the images are tried one after another, and a change is kept if it raises the loss of
     the batch. Such a trial needs no further query, because all scores of the round are known.
 
-    The model need not be differentiable. Results and errors are as in `pgd`, and so are the arguments that are not
-    listed below. `square` returns only the attacked images, and `square_trace` returns a `PGDTrace`. The field `losses`
+    The model need not be differentiable. The arguments that are not listed below, the result and the errors are as in
+    `pgd`. `square` returns only the attacked images, and `square_trace` returns a `PGDTrace`. The field `losses`
     of the trace contains the losses of the images that are kept after each round, (1, rounds, B), or (1, rounds) if the
     objective returns one loss for the whole batch. The fields `zero_gradients` and `nonfinite_gradients` are NaN,
     because no gradient is computed.

@@ -146,8 +146,8 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         root: Folder of the dataset.
         split: "train", "val" or "test".
         labels: Source of the labels. "mos": people's scores of these images. "opinions:<dataset>": people's scores of
-            similar images in another dataset. "metric:<name>": values of a metric. "scores of <table>, column
-            <column>": scores from the table that was passed to `labelled_images`.
+            similar images in another dataset, which serve as labels of these images. "metric:<name>": values of a
+            metric. "scores of <table>, column <column>": scores from the table that was passed to `labelled_images`.
         label_range: Lowest and highest label. Normalisation maps them to 0 and 1.
         crop_size: Side in pixels of the train transform's crops, at most S. Default: S. The function `train` assigns
             `SRMConfig.crop_size` to this attribute.

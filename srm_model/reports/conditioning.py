@@ -49,7 +49,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:
-    """Describe the number of landmarks in use. A link with fewer keys than `rank` has as many landmarks as keys."""
+    """Return a text with the number of landmarks in use. A link with fewer keys than `rank` uses one per key."""
     counts = sorted({link["rank"] for link in found["links"].values()})
     used = f"r = {' or '.join(map(str, counts))}"
     few = "" if counts == [found["rank"]] else f" instead of {found['rank']}, because there are no more keys"

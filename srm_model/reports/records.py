@@ -137,10 +137,11 @@ def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
-    """Return the mean ± standard deviation of one number per line, as text. The divisor of the variance is n − 1.
+    """Take one number from each line, and return the mean ± standard deviation of the numbers as text.
 
-    The n lines are results of the same measurement with different seeds. `keys` is the path to the number in the values
-    of each line, as in `numbers_of`. If there is only one line, the text is the number alone.
+    The lines are results of the same measurement with different seeds. `keys` is the path to the number in the values
+    of each line, as in `numbers_of`. The variance is divided by n − 1, where n is the number of lines. If there is only
+    one line, the text is the number alone.
     """
     mean = fixed(mean_of(lines, *keys))
     if len(lines) < 2:

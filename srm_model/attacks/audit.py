@@ -44,7 +44,7 @@ SCORE_TOLERANCE = 1e-3  # largest difference of scores, as a share of the spread
 
 _EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _DIRECTIONS = 8
-_WIDTHS = (4, 32, 256)  # divisors of the budget that give the widths of central differences
+_WIDTHS = (4, 32, 256, 2048)  # divisors of the budget that give the widths of central differences
 _REPLICATES = 2000
 _PASSES = 16  # passes over the same images, to detect randomness
 
@@ -116,8 +116,8 @@ def audit(
     - gradients: At most 1 % of the gradients are zero everywhere, and no gradient has a NaN or infinite element.
     - restarts: The reach of the best restart of PGD is at most 1.25 times the average reach of the restarts.
     - derivative: Gradients agree with central differences along 8 random directions, whose elements are ±1. Each
-      difference is computed with three step sizes, which change an image by ε/4, ε/32 and ε/256 in the given norm.
-      For at least one step size, the relative error over all images and directions is at most 20 %.
+      difference is computed with four step sizes, which change an image by ε/4, ε/32, ε/256 and ε/2048 in the given
+      norm. For at least one step size, the relative error over all images and directions is at most 20 %.
     - transfer: A transfer attack is not stronger than the white-box attacks. For each image, the larger of
       the reaches of PGD and APGD is subtracted from the reach of the transfer attack. The check fails if the 95 %
       bootstrap interval of the mean difference lies entirely above 0.1 % of the spread of clean scores, which is a
@@ -443,7 +443,11 @@ def _derivative(subject: _Subject) -> Finding:
     The elements of d are ±1. x is clipped so that x + hd and x − hd are in [0, 1]. A correct gradient agrees with the
     central difference if h is small enough for the score to be almost linear, and large enough for the rounding errors
     of fp32 to be small. A wrong gradient agrees at no h. Therefore the check compares the gradient and the central
-    difference at three values of h, and uses the value at which they agree best.
+    difference at four values of h, and uses the value at which they agree best.
+
+    The smallest h separates kinks from jumps. A network with ReLU6 has many kinks, at which its slope changes. The
+    smaller h is, the fewer kinks lie between x − hd and x + hd, so the error falls. If the score jumps, fewer jumps lie
+    between the two points too, but the central difference divides each jump by 2h, so the error does not fall.
     """
     largest = subject.radius / subject.largest  # change of a pixel along a sign direction
     widths = [min(largest / share, 0.25) for share in _WIDTHS]

@@ -113,6 +113,27 @@ class Rugged(Honest):
         return score + 0.3 * torch.sin(150 * images.mean((1, 2, 3)) * 16)
 
 
+class Kinked(Honest):
+    """A model whose score has a kink at every 2⁻¹² of each pixel value, and the gradient of this score."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        period = 2.0**-11
+        folded = (
+            images.double() / period
+        ) % 1  # float64, because the wave is far finer than the pixel values
+        wave = period * torch.minimum(folded, 1 - folded)
+        return self.raw(images) + 0.1 * wave.sum((1, 2, 3)).float()
+
+
+class Jumping(Honest):
+    """A model whose score jumps at every 2⁻¹² of each pixel value. Its gradient is that of the smooth part."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (
+            self.raw(images) + 2e-5 * ((images.detach().double() * 2**12).floor() % 2).sum((1, 2, 3)).float()
+        )
+
+
 class Broken(Honest):
     def forward(self, images: Tensor) -> Tensor:
         return self.raw(images) * math.nan
@@ -141,6 +162,19 @@ def run(model, **changes):
 
 def plain(result):
     return json.dumps(result.to_dict())
+
+
+def test_kinks_of_the_score_do_not_fail_the_check_of_derivatives_and_jumps_do():
+    """The two scores differ from a smooth score at the same pixel values, by a kink or by a jump."""
+    found = {}
+    for model in (Kinked(), Jumping()):
+        result = run(model, config=QUICK)
+        (found[type(model)],) = (check for check in result.checks if check.name == "derivative")
+    assert found[Kinked].passed
+    errors = found[Kinked].data["errors"]
+    assert errors[-1] < 0.2 < min(errors[:-1])  # larger steps cross too many kinks
+    assert not found[Jumping].passed
+    assert found[Jumping].data["errors"][-1] > 0.5
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -595,7 +595,7 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
     seed of the adversarially trained models, at the first two budgets.
     """
     records = Records(EXPERIMENTS / "robustness")
-    page = (EXPERIMENTS / "README.md").read_text()
+    page = (EXPERIMENTS / "robustness" / "README.md").read_text()
     budgets = read_study(EXPERIMENTS / "robustness.toml").budgets
     for label, neck, variant in (
         ("`none`", "none", FULL),

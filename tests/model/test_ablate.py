@@ -639,6 +639,45 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
             assert f"| {label.removesuffix(', adversarial')} | {' | '.join(by_seed)} |\n" in page
 
 
+def test_the_page_on_opinions_has_the_figures_of_its_rows():
+    """Compare the first table of the page, and the table of `bench.blind`, with the results that they summarise."""
+    records = Records(EXPERIMENTS / "opinions")
+    page = (EXPERIMENTS / "README.md").read_text()
+    study = read_study(EXPERIMENTS / "opinions.toml")
+    for label, neck, variant in (
+        ("`none`", "none", FULL),
+        ("`quadratic`", "quadratic", FULL),
+        ("`srm`", "srm", FULL),
+        ("`none`, adversarial", "none", "baseline, adversarial training"),
+        ("`quadratic`, adversarial", "quadratic", "quadratic, adversarial training"),
+        ("`srm`, adversarial", "srm", "adversarial training"),
+    ):
+
+        def rows(kind: str, eps: float | None = None, model: tuple[str, str] = (neck, variant)) -> list[dict]:
+            return [
+                line
+                for line in records.of(kind)
+                if (line["identity"]["neck"], line["identity"]["variant"]) == model
+                and eps in (None, line["identity"].get("eps"))
+            ]
+
+        attacked = {line["identity"]["seed"]: line for line in rows("attack")}
+        cells = [over_seeds(rows("clean"), "srocc"), over_seeds([*attacked.values()], "clean", "srocc")]
+        for norm, eps in study.budgets:
+            assert norm == "linf"
+            found = rows("attack", eps)
+            cells.append(over_seeds(found, "worst", "srocc") if found else "—")
+        assert f"| {label} | {' | '.join(cells)} |\n" in page
+    *_, first, last = (
+        line.split() for line in (EXPERIMENTS / "checkpoint" / "blind.txt").read_text().splitlines()
+    )
+    assert (first[0], last[0]) == ("NIQE", "PIQE")
+    for name, *texts in (first, last):
+        clean, _, few, *budgets = (f"{texts[i]} {texts[i + 1]} {texts[i + 2]}" for i in range(0, 15, 3))
+        line = f"| {name} | {' | '.join([clean, few, *budgets])} |\n".replace("[-", "[−")
+        assert line in page
+
+
 def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     place: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -55,8 +55,8 @@ class LogisticMap:
     damage.
 
     The map need not be monotone: if β₄ and β₁β₂ have opposite signs and abs(β₄) < abs(β₁β₂)/4, f has two turning
-    points. Far from the fitted scores, f approaches one of the lines β₄ q + β₅ ± β₁/2. PLCC is computed on f(q), but SROCC is
-    computed on the raw scores. The two metrics can therefore disagree about which of two attacks is stronger.
+    points. Far from the fitted scores, f approaches one of the lines β₄ q + β₅ ± β₁/2. PLCC is computed on f(q), but
+    SROCC is computed on the raw scores. The two metrics can therefore disagree about which of two attacks is stronger.
     """
 
     beta: Beta  # β₁ to β₅

@@ -668,6 +668,10 @@ def test_the_page_on_opinions_has_the_figures_of_its_rows():
             found = rows("attack", eps)
             cells.append(over_seeds(found, "worst", "srocc") if found else "—")
         assert f"| {label} | {' | '.join(cells)} |\n" in page
+    for line in records.of("audit"):
+        failed = ", ".join(line["values"]["failed"]) or "none"
+        (check,) = (found for found in line["values"]["checks"] if found["name"] == "derivative")
+        assert f" | {100 * check['data']['error']:.1f} | {failed} |\n" in page
     *_, first, last = (
         line.split() for line in (EXPERIMENTS / "checkpoint" / "blind.txt").read_text().splitlines()
     )

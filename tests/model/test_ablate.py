@@ -640,7 +640,7 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
 
 
 def test_the_page_on_opinions_has_the_figures_of_its_rows():
-    """Compare the first table of the page, and the table of `bench.blind`, with the results that they summarise."""
+    """Compare three tables of the page with the results: the first table, the audits, and the one of `bench.blind`."""
     records = Records(EXPERIMENTS / "opinions")
     page = (EXPERIMENTS / "README.md").read_text()
     study = read_study(EXPERIMENTS / "opinions.toml")

@@ -98,9 +98,7 @@ class SRMConfig:
     adversarial_norm: str = "linf"  # one of NORMS
     adversarial_steps: int = 3  # (c) steps of 2.5 ε/steps ("linf") or 4 ε/steps ("l2")
     adversarial_warmup: int = 0  # epochs in which ε rises linearly to `adversarial_eps`
-    weight_consistency: float = (
-        0.0  # w, weight of (f(x') − f(x))²; above 0, the other losses use clean images
-    )
+    weight_consistency: float = 0.0  # w, weight of (f(x') − f(x))²; above 0, other losses use clean images
 
     # Attacks (§6)
     attack_steps: int = 40

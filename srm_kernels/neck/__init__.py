@@ -431,8 +431,9 @@ def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> s
         return refusal
     if max(d, rank) > 64 and not roomy(features):
         return f"its kernels support d and r up to 64 with the shared memory of this device, and {sizes}"
-    narrow = features.dtype == torch.bfloat16 and roomy(features, 200)
-    if min(d, rank) > 64 and not interpreting() and not narrow:
+    if min(d, rank) > 64 and not (
+        interpreting() or (features.dtype == torch.bfloat16 and roomy(features, 200))
+    ):
         return f"its kernels support d and r both above 64 only in bfloat16 with 200 KiB, and {sizes}"
     if size > LARGEST_GRID:
         return f"its kernels support P up to {LARGEST_GRID}, and P is {size}"

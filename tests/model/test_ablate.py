@@ -588,6 +588,18 @@ def test_the_experiments_tables_are_those_of_their_rows():
     assert {**declared, "data": None} == {**stored, "data": None}  # only the data folders may differ
 
 
+def lines_of(
+    records: Records, kind: str, neck: str, variant: str, budget: tuple[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return the results of this kind for a model, at one budget or, if `budget` is None, at all budgets."""
+    return [
+        line
+        for line in records.of(kind)
+        if (line["identity"]["neck"], line["identity"]["variant"]) == (neck, variant)
+        and budget in (None, (line["identity"].get("norm"), line["identity"].get("eps")))
+    ]
+
+
 def test_the_experiments_page_has_the_figures_of_its_rows():
     """The page has the mean and standard deviation of the SROCC over three seeds, for clean images and every budget.
 
@@ -612,12 +624,8 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
     ):
         cells = []
         for norm, eps in ((None, None), *budgets):
-            lines = [
-                line
-                for line in records.of("clean" if norm is None else "attack")
-                if (line["identity"]["neck"], line["identity"]["variant"]) == (neck, variant)
-                and (line["identity"].get("norm"), line["identity"].get("eps")) == (norm, eps)
-            ]
+            kind = "clean" if norm is None else "attack"
+            lines = lines_of(records, kind, neck, variant, None if norm is None else (norm, eps))
             assert len(lines) == 3 or (norm is not None and not lines)
             cells.append(over_seeds(lines, *(("srocc",) if norm is None else ("worst", "srocc"))))
         assert f"| {label} | {' | '.join(cells)} |" in page
@@ -631,9 +639,10 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
             by_seed = [
                 over_seeds([line], "worst", "srocc")
                 for norm, eps in budgets[:2]
-                for line in sorted(records.of("attack"), key=lambda line: line["identity"]["seed"])
-                if (line["identity"]["neck"], line["identity"]["variant"]) == (neck, variant)
-                and (line["identity"]["norm"], line["identity"]["eps"]) == (norm, eps)
+                for line in sorted(
+                    lines_of(records, "attack", neck, variant, (norm, eps)),
+                    key=lambda line: line["identity"]["seed"],
+                )
             ]
             assert len(by_seed) == 6
             assert f"| {label.removesuffix(', adversarial')} | {' | '.join(by_seed)} |\n" in page
@@ -652,20 +661,12 @@ def test_the_page_on_opinions_has_the_figures_of_its_rows():
         ("`quadratic`, adversarial", "quadratic", "quadratic, adversarial training"),
         ("`srm`, adversarial", "srm", "adversarial training"),
     ):
-
-        def rows(kind: str, eps: float | None = None, model: tuple[str, str] = (neck, variant)) -> list[dict]:
-            return [
-                line
-                for line in records.of(kind)
-                if (line["identity"]["neck"], line["identity"]["variant"]) == model
-                and eps in (None, line["identity"].get("eps"))
-            ]
-
-        attacked = {line["identity"]["seed"]: line for line in rows("attack")}
-        cells = [over_seeds(rows("clean"), "srocc"), over_seeds([*attacked.values()], "clean", "srocc")]
+        attacked = {line["identity"]["seed"]: line for line in lines_of(records, "attack", neck, variant)}
+        clean = lines_of(records, "clean", neck, variant)
+        cells = [over_seeds(clean, "srocc"), over_seeds([*attacked.values()], "clean", "srocc")]
         for norm, eps in study.budgets:
             assert norm == "linf"
-            found = rows("attack", eps)
+            found = lines_of(records, "attack", neck, variant, (norm, eps))
             cells.append(over_seeds(found, "worst", "srocc") if found else "—")
         assert f"| {label} | {' | '.join(cells)} |\n" in page
     for line in records.of("audit"):

@@ -1,4 +1,4 @@
-"""Translate operands of PTX to Python expressions over arrays of lanes, and basic blocks to functions."""
+"""Translate PTX to Python: operands to expressions over arrays of lanes, and basic blocks to functions."""
 
 from __future__ import annotations
 

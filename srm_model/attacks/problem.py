@@ -285,7 +285,11 @@ class Best:
         return better
 
     def offer_copies(self, other: Best) -> None:
-        """Call `offer` with the points of each restart in `other`, as if the restarts had run one after another."""
+        """Call `offer` once for each restart of `other`, in order.
+
+        The restarts of `other` ran at the same time, each on its own copy of the batch. This method keeps the same
+        points as one run of the restarts after another would keep.
+        """
         copies = other.points.unflatten(0, (len(other.loss), -1))
         for points, loss in zip(copies, other.loss, strict=True):
             self.offer(points, loss[None])

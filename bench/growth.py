@@ -318,9 +318,11 @@ def guide(surface: Surface) -> str:
             f"{name}: faster than exact attention at every point measured, N_k = {surface.keys[0]:,} and up."
         )
     low, high = min(reached), max(reached)
-    span = f"{low:,.0f}" if high / low < 1.1 else f"{low:,.0f} to {high:,.0f}, by batch size"
-    rest = "" if len(reached) == len(found) else "; at some batch sizes exact attention was faster throughout"
-    return f"{name}: below N_k ≈ {span}, use exact attention{rest}."
+    one = high / low < 1.1
+    span = f"{low:,.0f}" if one else f"{low:,.0f} to {high:,.0f}"
+    why = "" if one else " The limit depends on the batch size."
+    rest = "" if len(reached) == len(found) else " At some batch sizes, exact attention was always faster."
+    return f"{name}: use exact attention if N_k is below about {span}.{why}{rest}"
 
 
 def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:

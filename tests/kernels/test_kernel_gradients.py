@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import srm_kernels
 from srm_kernels import (
+    Solver,
     biased_gelu,
     dyt,
     full_attention,
@@ -42,7 +43,10 @@ def attention_inputs(nq: int = 4, nk: int = 6, d: int = 3) -> tuple[tuple[Tensor
 
 
 def solve_inputs(family: str = "random") -> tuple[Tensor, ...]:
-    keys = oracle.landmark_family(family, 3, 1, 2, 4, 5)
+    if family == "orthogonal":  # W is close to the identity, so the Neumann series converges fast
+        keys = 3 * torch.eye(4, 5, dtype=torch.float64).expand(1, 2, 4, 5)
+    else:
+        keys = oracle.landmark_family(family, 3, 1, 2, 4, 5)
     return leaves(keys @ keys.mT / math.sqrt(5), tokens(4, 1, 2, 4, 3))
 
 
@@ -53,17 +57,20 @@ def fusion_inputs() -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("equilibrate", [False, True])
-@pytest.mark.parametrize("family", ["random", "duplicated"])
+@pytest.mark.parametrize("family", ["random", "duplicated", "orthogonal"])
 @pytest.mark.parametrize(("solver", "gate"), [*((s, True) for s in SOLVERS), ("neumann", False)])
 def test_landmark_solve(solver, gate, family, equilibrate):
-    """With its gate, `neumann` uses the default solver for both families; without its gate, it uses the series."""
+    """With its gate, `neumann` uses the series for orthogonal keys only; without its gate, for all keys."""
+    options = {"ridge": 0.05, "solver": solver, "equilibrate": equilibrate, "neumann_gate": gate}
 
     def x(logits: Tensor, rhs: Tensor) -> Tensor:
-        return landmark_solve(
-            logits, rhs, ridge=0.05, solver=solver, equilibrate=equilibrate, neumann_gate=gate
-        ).x
+        return landmark_solve(logits, rhs, **options).x
 
-    assert gradcheck(x, solve_inputs(family))
+    inputs = solve_inputs(family)
+    used = landmark_solve(*inputs, **options, diagnostics=True).solver
+    by_series = solver == "neumann" and (family == "orthogonal" or not gate)
+    assert ((used == Solver.NEUMANN) == by_series).all()
+    assert gradcheck(x, inputs)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

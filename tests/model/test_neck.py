@@ -90,8 +90,11 @@ def test_calibration_sets_sigma_to_its_reference():
 
 
 def test_uncalibrated_neck_is_the_inert_one_the_calibration_is_for():
-    report = make_neck(calibrate=False).diagnose(make_pyramid(4))
+    pyramid = make_pyramid(4)
+    report, calibrated = (make_neck(calibrate=flag).diagnose(pyramid) for flag in (False, True))
     assert all(link["attention_entropy"]["median"] > 0.97 for link in report["links"].values())
+    for stage, ratio in report["update_ratio"].items():
+        assert 4 * ratio < calibrated["update_ratio"][stage]
 
 
 @pytest.mark.parametrize("links", [SMALL.links, ((3, 1), (2, 1)), ((4, 1), (3, 1), (4, 2)), ()])

@@ -661,14 +661,22 @@ def test_the_page_on_opinions_has_the_figures_of_its_rows():
         ("`quadratic`, adversarial", "quadratic", "quadratic, adversarial training"),
         ("`srm`, adversarial", "srm", "adversarial training"),
     ):
-        attacked = {line["identity"]["seed"]: line for line in lines_of(records, "attack", neck, variant)}
-        clean = lines_of(records, "clean", neck, variant)
-        cells = [over_seeds(clean, "srocc"), over_seeds([*attacked.values()], "clean", "srocc")]
-        for norm, eps in study.budgets:
-            assert norm == "linf"
-            found = lines_of(records, "attack", neck, variant, (norm, eps))
-            cells.append(over_seeds(found, "worst", "srocc") if found else "—")
-        assert f"| {label} | {' | '.join(cells)} |\n" in page
+        for clean in lines_of(records, "clean", neck, variant):
+            seed = clean["identity"]["seed"]
+            attacked = [
+                line
+                for line in lines_of(records, "attack", neck, variant)
+                if line["identity"]["seed"] == seed
+            ]
+            cells = [
+                over_seeds([clean], "srocc"),
+                over_seeds(attacked[:1], "clean", "srocc") if attacked else "—",
+            ]
+            for norm, eps in study.budgets:
+                assert norm == "linf"
+                found = [line for line in attacked if line["identity"]["eps"] == eps]
+                cells.append(over_seeds(found, "worst", "srocc") if found else "—")
+            assert f"| {label} | {seed} | {' | '.join(cells)} |\n" in page
     for line in records.of("audit"):
         failed = ", ".join(line["values"]["failed"]) or "none"
         (check,) = (found for found in line["values"]["checks"] if found["name"] == "derivative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -86,14 +87,29 @@ class ExternalModel(nn.Module):
 
         Raises:
             TypeError: The model returns neither a tensor nor an object whose attribute `logits` is a tensor.
-            ValueError: The tensor is not floating point, or its shape is not (B,) or (B, 1).
+            ValueError: The model raises an error, the tensor is not floating point, or its shape is not (B,) or (B, 1).
         """
-        output = self.model((images - self.mean.to(images)) * self.gain.to(images))
+        output = self._called((images - self.mean.to(images)) * self.gain.to(images))
         scores = as_scores(
             getattr(output, "logits", output), len(images)
         )  # Hugging Face models return "logits"
         slope, offset = self.line.to(scores)
         return scores * slope + offset
+
+    def _called(self, inputs: Tensor) -> Any:
+        try:
+            return self.model(inputs)
+        except (ValueError, OSError) as error:
+            wants_255 = "255" in str(error) and float(self.gain.max()) < 255
+            advice = "; --peak 255 gives it values from 0 to 255" if wants_255 else ""
+            raise ValueError(f"the model raised {_reason(error)}{advice}") from error
+        except (AssertionError, RuntimeError) as error:
+            if "Guard failed" not in str(error):
+                raise
+            raise ValueError(
+                f"the program does not take inputs of shape {tuple(inputs.shape)}; export it with a dynamic batch "
+                "size, and use --size for its image size"
+            ) from error
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
         """Set `line` so that the scores have the same mean and standard deviation as the labels.
@@ -126,8 +142,9 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
     Args:
         name: "MODULE:NAME", or the path of an exported program (.pt2). MODULE is an importable module, which may be in
             the current folder. Importing MODULE runs its code. NAME is an `nn.Module` in MODULE, or a callable in
-            MODULE that takes no arguments and returns an `nn.Module`. An exported program is loaded without pickle and
-            runs no code of its own.
+            MODULE that takes no arguments and returns an `nn.Module`. An exported program with pickled objects is
+            refused. Loading a program still runs code from the file, because PyTorch evaluates expressions of the
+            file (sizes and guards) as Python code.
         interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:
@@ -250,6 +267,29 @@ def _weights_only() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = before
+
+
+def code_digest(name: str, model: nn.Module) -> str:
+    """Return a hash of the files that define a model.
+
+    The files are the exported program, or MODULE and the source files of the classes of all submodules. Other modules
+    that the model imports are not included.
+
+    Args:
+        name: As in `open_model`.
+        model: The model that `open_model` returned for `name`.
+    """
+    files = {Path(name)} if name.endswith(PROGRAM) else _sources(name, model)
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _sources(name: str, model: nn.Module) -> set[Path]:
+    modules = {type(part).__module__ for part in model.modules()} | {name.partition(":")[0]}
+    files = (getattr(sys.modules.get(module), "__file__", None) for module in modules)
+    return {Path(file) for file in files if file and Path(file).is_file()}
 
 
 def differentiable(model: nn.Module, image: Tensor) -> bool:

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         with runs.writing(args.out):
             subject = external.Subject(args)
+            if not subject.has_gradient:
+                runs.say(f"{args.model}: the scores have no gradient, so checks of gradients are not run")
             about = {"title": f"Audit of {args.model}", "model_name": args.model, "size": args.size}
             found = _audit(
                 args, subject.model, subject.dataset, subject.config, subject.surrogate, Path(args.out), about

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from srm_model.cli.options import attack_config_from, budgets_of, device_from, positive
 from srm_model.config import SRMConfig
+from srm_model.files import read_json
 
 if TYPE_CHECKING:
     from srm_model.data import ImageQualityDataset
@@ -24,8 +25,8 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options that name a model and describe its input."""
     group = parser.add_argument_group(
         "another model",
-        "Use any model instead of a checkpoint. --model MODULE:NAME imports MODULE, which runs its code. No other "
-        "option imports a module.",
+        "Use any model instead of a checkpoint. --model MODULE:NAME imports MODULE, which runs its code. --model "
+        "FILE.pt2 runs code from the file, too: use only programs that you trust. No other option imports a module.",
     )
     add = group.add_argument
     add(
@@ -170,20 +171,30 @@ class Subject:
         # One image at a time, because the whole dataset may not fit in memory.
         scores = np.array([float(predict(self.model, self.dataset[index][0][None])) for index in used])
         labels = self.dataset.mos[used]
+        reversed_ = float(self.model.line[0]) < 0
         self.model.match(scores, labels)
         self.has_gradient = differentiable(self.model, self.dataset[used[0]][0])
-        if not self.has_gradient:
-            runs.say(f"{args.model}: the scores have no gradient, so only query attacks are run")
-        if srocc(scores, labels) < 0:
-            runs.say(
-                f"{args.model}: the scores fall as the labels rise (SROCC {srocc(scores, labels):.3f}); "
-                "--lower-is-better reverses them"
-            )
+        if (found := srocc(scores, labels)) < 0:
+            if not reversed_:
+                remedy = "--lower-is-better reverses them"
+            elif args.lower_is_better:
+                remedy = "they are reversed by --lower-is-better"
+            else:
+                remedy = "they are reversed, because the model's attribute lower_better is true"
+            runs.say(f"{args.model}: the scores fall as the labels rise (SROCC {found:.3f}); {remedy}")
         self.surrogate = (
             runs.open_checkpoint(Path(args.surrogate), self.device, self.config.backend)[0]
             if args.surrogate
             else None
         )
+
+
+def _check_owner(path: Path, model: str) -> None:
+    """Raise ValueError if a file has results of another model."""
+    known = read_json(path) if path.is_file() else {}
+    other = known.get("settings", {}).get("model", model)
+    if other != model:
+        raise ValueError(f"{path}: has results of {other}; expected another folder as --out")
 
 
 def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str, Any]]]:
@@ -199,16 +210,20 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     """
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint
+    from srm_model.external import code_digest
     from srm_model.norms import norm_of
     from srm_model.runs.attacking import attack_model, known_result, result_name
 
     subject = Subject(args)
+    if not subject.has_gradient:
+        runs.say(f"{args.model}: the scores have no gradient, so only query attacks are run")
     config = subject.config
     budgets = [(norm, eps) for norm in args.norm for eps in budgets_of(norm, args.eps, config)]
     suite = args.suite if subject.has_gradient else "queries"
     chosen: dict[str, Any] = {"limit": args.limit, "keep": args.keep, "suite": suite}
     settings = {
         "model": args.model,
+        "code": code_digest(args.model, subject.model),
         "weights": fingerprint(subject.model),
         "surrogate": None if subject.surrogate is None else fingerprint(subject.surrogate),
         "dataset": subject.dataset.fingerprint,
@@ -223,6 +238,7 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
         path = Path(args.out, "attacks", result_name(norm, eps))
         found = known_result(path, settings)
         if found is None:
+            _check_owner(path, args.model)
             if progress:
                 runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
             found = attack_model(

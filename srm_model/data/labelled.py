@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +37,23 @@ def labelled_images(
         progress: Whether to show a progress bar while images are checked.
 
     Raises:
-        ValueError: The image column or the score column is not found or is ambiguous; the image of a row is missing,
-            ambiguous, listed twice or not readable; a score is not a finite number or is outside `label_range`; or all
-            scores are equal and `label_range` is None.
+        ValueError: The table does not exist or has no header; the image column or the score column is not found or is
+            ambiguous; the image of a row is missing, ambiguous, listed twice or not readable; a score is not a finite
+            number or is outside `label_range`; or all scores are equal and `label_range` is None.
     """
     folder, table = Path(folder), Path(table)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected a folder of images")
+    if not table.is_file():
+        raise ValueError(f"{table}: no such file; expected a table of scores")
     listed = records(table)
     if not listed:
         raise ValueError(f"{table}: has no rows below the header")
     columns = {name: [row.get(name, "").strip() for _, row in listed] for name in listed[0][1]}
     on_disk = {path.name.casefold() for path in folder.iterdir()}
+    for name in columns:
+        if name.casefold() in on_disk:
+            raise ValueError(f"{table}: the first line names the image {name}; expected a header")
     named = [name for name, texts in columns.items() if {text.casefold() for text in texts} <= on_disk]
     what = f"names a file of {folder} in every row"
     image_column = _column(table, columns, image_column, named, what, "--image-column")
@@ -81,16 +86,23 @@ def labelled_images(
 
 
 def _column(
-    table: Path, columns: Iterable[str], asked: str | None, candidates: Sequence[str], what: str, option: str
+    table: Path,
+    columns: dict[str, list[str]],
+    asked: str | None,
+    candidates: Sequence[str],
+    what: str,
+    option: str,
 ) -> str:
     has = f"{table} has the columns {', '.join(columns)}"
     if asked is not None:
         if asked not in columns:
             raise ValueError(f"{option} {asked}: {has}")
         return asked
-    if len(candidates) != 1:
-        found = f"each of {', '.join(candidates)}" if candidates else "none of them"
-        raise ValueError(f"{has}; {found} {what}; choose one with {option}")
+    if not candidates:
+        texts = next(iter(columns.values()))
+        raise ValueError(f"{has}; none of them {what} (the first row begins with {texts[0]!r})")
+    if len(candidates) > 1:
+        raise ValueError(f"{has}; each of {', '.join(candidates)} {what}; choose one with {option}")
     return candidates[0]
 
 

@@ -16,6 +16,7 @@ from srm_model.data.tid2013 import LINE, MOS_RANGE
 
 SOURCE = "TID2013"
 CROP = (512, 384)  # size of TID2013's images in pixels
+PHOTOGRAPHS = 24  # TID2013's reference 25 is not a photograph
 # Types that are left out by default: mean shift, contrast and saturation. People do not judge these types by the size
 # of the error. The opinions of TID2013 do not fit the synthesised images of these types (docs/DATASETS.md).
 LEFT_OUT = (16, 17, 18)
@@ -62,10 +63,16 @@ def key_of(name: str) -> Key:
 
 
 def number_of(file: str) -> int:
-    """Return the number of a Kodak photograph from its file name: 1.png, kodim01.png and I01.BMP are number 1."""
+    """Return the number of a Kodak photograph from its file name: 1.png, kodim01.png and I01.BMP are number 1.
+
+    Raises:
+        ValueError: The name has no number, or the number is not one of the 24 photographs.
+    """
     match = _NUMBER.fullmatch(Path(file).stem)
     if match is None:
         raise ValueError(
             f"{file}: has no number in its name; expected a name like 1.png, kodim01.png or I01.BMP"
         )
+    if not 1 <= int(match[1]) <= PHOTOGRAPHS:
+        raise ValueError(f"{file}: is not a Kodak photograph; expected a number from 1 to {PHOTOGRAPHS}")
     return int(match[1])

@@ -11,7 +11,7 @@ from srm_model.files import atomic_path
 from srm_model.reports.drawing import STYLE
 from srm_model.reports.text import fixed
 
-_LEAST = 1e-6  # end of the colour bar of a constant map
+_LEAST = 1e-6  # smallest end of the colour bar
 
 
 def draw_map(
@@ -37,7 +37,8 @@ def draw_map(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    end = max(float(np.abs(change).max()), _LEAST)
+    # The colours show at least ± 1 % of the score. Otherwise, an undamaged image would look damaged.
+    end = max(float(np.abs(change).max()), 0.01 * abs(score), _LEAST)
     with rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(9, 4.6))
         left, right = figure.subplots(1, 2)

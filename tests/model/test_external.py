@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -120,7 +122,7 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Create a module `theirs` in the current folder."""
     (tmp_path / "theirs.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "theirs", raising=False)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
 
 
 def command(name: str, model: str, images: Path, *more: str) -> list[str]:
@@ -154,6 +156,67 @@ def test_what_is_there_is_not_attacked_again(images: Path, monkeypatch: pytest.M
     assert attacked("theirs:Sharpness", images, "--lower-is-better") == first
     with pytest.raises(AssertionError):
         attacked("theirs:Sharpness", images, "--lower-is-better", "--seed", "1")
+
+
+def test_changed_code_is_attacked_again(images: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both versions have the same name and no weights."""
+    first = attacked("theirs:Sharpness", images, "--lower-is-better")
+    monkeypatch.delitem(sys.modules, "theirs")
+    Path("theirs.py").write_text(MODULE.replace("(1, 2))", "(1, 2)) ** 2"))
+    importlib.invalidate_caches()
+    assert attacked("theirs:Sharpness", images, "--lower-is-better") != first
+
+
+def test_results_of_another_model_are_kept(images: Path, capsys: pytest.CaptureFixture[str]):
+    first = attacked("theirs:Sharpness", images, "--lower-is-better")
+    assert main(command("attack", "theirs:Blur", images, "--norm", "linf", "--eps", "4/255")) == 2
+    assert "has results of theirs:Sharpness; expected another folder as --out" in capsys.readouterr().err
+    assert read_json(Path("out/attacks/linf-0.0156863.json")) == first
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "remedy"),
+    [
+        ("theirs:Sharpness", [], "--lower-is-better reverses them"),
+        ("theirs:Raised", ["--lower-is-better"], "they are reversed by --lower-is-better"),
+        ("theirs:Lowered", [], "because the model's attribute lower_better is true"),
+    ],
+)
+def test_the_remedy_for_reversed_scores_fits_their_cause(
+    model: str, options: list[str], remedy: str, images: Path, capsys: pytest.CaptureFixture[str]
+):
+    """`Raised` rates sharp images, which have low labels, as bad. `Lowered` also says that low scores are good."""
+    raised = "class Raised(Sharpness):\n    def forward(self, x):\n        return -super().forward(x)\n"
+    lowered = "class Lowered(Raised):\n    lower_better = True\n"
+    Path("theirs.py").write_text(f"{MODULE}\n\n{raised}\n\n{lowered}")
+    attacked(model, images, *options)
+    assert remedy in capsys.readouterr().err
+
+
+def test_a_model_for_values_up_to_255_is_pointed_to_its_option(
+    images: Path, capsys: pytest.CaptureFixture[str]
+):
+    body = "    def forward(self, x):\n        raise ValueError('expects 0-255')\n"
+    Path("theirs.py").write_text(f"{MODULE}\n\nclass Wide(Sharpness):\n{body}")
+    assert main(command("attack", "theirs:Wide", images)) == 2
+    expected = "the model raised ValueError: expects 0-255; --peak 255 gives it values from 0 to 255"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_program_with_a_static_batch_says_how_to_export_it(
+    images: Path, capsys: pytest.CaptureFixture[str]
+):
+    torch.export.save(torch.export.export(Weighted(), (torch.rand(1, 3, SIZE, SIZE),)), Path("static.pt2"))
+    assert main(command("attack", "static.pt2", images)) == 2
+    assert "export it with a dynamic batch size" in capsys.readouterr().err
+
+
+def test_a_table_without_a_header_is_refused(images: Path, tmp_path: Path):
+    """Otherwise, the first image would be left out without notice."""
+    table = tmp_path / "table.csv"
+    table.write_text((images / "labels.csv").read_text().partition("\n")[2])
+    with pytest.raises(ValueError, match=r"the first line names the image 0\.png; expected a header"):
+        labelled_images(images, table, image_size=SIZE)
 
 
 def test_scores_against_the_labels_are_pointed_out(images: Path, capsys: pytest.CaptureFixture[str]):

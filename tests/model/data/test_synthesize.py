@@ -464,7 +464,7 @@ def test_opinions_that_do_not_fit_are_refused(tmp_path, numbered, opinions, chan
     [
         ("harbour.png", "harbour.png: has no number in its name"),
         ("2.png", r"2.png and kodim02.png are both photograph 2"),
-        ("25.png", "no opinion for 4 of 20 images, such as i25_01_1.bmp"),
+        ("25.png", "25.png: is not a Kodak photograph; expected a number from 1 to 24"),
     ],
 )
 def test_photographs_that_no_opinion_is_of_are_refused(

@@ -346,7 +346,7 @@ def cell_probabilities(
     """Compute P̄ of one cell of an image, and the cell's part of the scale statistic, for every head.
 
     The scale statistic (mean and M₂ of the rows of Y = L X) must count each position once. If several cells contain a
-    position, only the last of them counts it. `batch_index` is link · B + b: one index for each pair of a link and an image.
+    position, only the last of them counts it. `batch_index` is link · B + b, one index per pair of link and image.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE

@@ -135,7 +135,10 @@ def replaced(given: list[str], option: str, *values: str) -> list[str]:
             {"types": ("2",)},
             "no opinion for 15 of 15 images, such as i01_02_1.bmp; the file has opinions of photographs 1 to",
         ),
-        ({"photographs": "kodim77.png"}, "kodim77.png: is not a Kodak photograph; expected a number from 1 to 24"),
+        (
+            {"photographs": "kodim77.png"},
+            "kodim77.png: is not a Kodak photograph; expected a number from 1 to 24",
+        ),
         ({"photographs": "sunset.png"}, "sunset.png: has no number in its name"),
         ({"recipe": {"epoch": 3}}, "recipe.json: unknown config key epoch"),
         ({"recipe": [1]}, "recipe.json: expected an object of SRMConfig fields"),

@@ -115,6 +115,22 @@ def test_the_picture_is_the_same_each_time_and_shows_both_parts(tmp_path: Path):
     assert reddish[height // 2 : height * 7 // 8].max() > 60 > reddish[height // 8 : height * 3 // 8].max()
 
 
+def test_changes_far_below_the_score_have_no_strong_colour(tmp_path: Path):
+    """Changes of 2 % of the score are red; changes of 0.02 % are not, though they are the largest of their map."""
+    redness = []
+    for size in (0.005, 0.00005):
+        change = np.zeros((SIDE, SIDE))
+        change[: SIDE // 2] = size
+        draw_map(
+            tmp_path / "map.png", np.full((SIDE, SIDE, 3), 0.5), change, score=0.25, caption="", model="toy"
+        )
+        pixels = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
+        shown = (pixels[..., 0] - pixels[..., 2])[:, pixels.shape[1] // 2 : pixels.shape[1] * 7 // 8]
+        redness.append(shown.max())
+    assert redness[0] > 40
+    assert redness[1] < 15
+
+
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     image, _ = damaged(True)

@@ -6,13 +6,12 @@ The keys of `config.json` are `format` ("srm-iqa/1"), `backbone`, `neck`, `confi
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srm_model.config import SRMConfig
-from srm_model.files import atomic_path, read_json, utf8_path, write_json
+from srm_model.files import atomic_path, read_json, sha256_of, utf8_path, write_json
 from srm_model.necks import NECKS
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def _write(tensors: dict[str, Tensor], folder: Path, document: dict[str, Any]) -
 
     with atomic_path(folder / _PENDING) as temporary:
         save_file(tensors, temporary)
-        digest = _sha256(temporary)
+        digest = sha256_of(temporary)
     about = {key: document[key] for key in ("backbone", "neck", "config")}
     write_json(folder / CONFIG, {"format": FORMAT, **about, "sha256": digest, "card": document["card"]})
     (folder / _PENDING).replace(folder / WEIGHTS)
@@ -288,13 +287,8 @@ def _weights_path(folder: Path, digest: str) -> Path:
     path = folder / WEIGHTS
     # If a save was interrupted after config.json was written, the weights still have the pending name.
     for candidate in (path, folder / _PENDING):
-        if candidate.is_file() and _sha256(candidate) == digest:
+        if candidate.is_file() and sha256_of(candidate) == digest:
             return candidate
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a checkpoint with {WEIGHTS} and {CONFIG}")
     raise ValueError(f"{path}: damaged, or it does not belong to {CONFIG} beside it (sha256 differs)")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

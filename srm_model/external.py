@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from srm_model.attacks.guard import as_found, as_scores, check_model, scores_of, to_model
+from srm_model.files import sha256_of
 from srm_model.modules import make_torchvision_importable
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -282,7 +283,7 @@ def code_digest(name: str, model: nn.Module) -> str:
     files = {Path(name)} if name.endswith(PROGRAM) else _sources(name, model)
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()
 
 

@@ -223,6 +223,12 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def finite(value: Any) -> Any:
     """Copy a JSON value; replace every number that is not finite by None, and convert the keys of dicts to text."""
     if isinstance(value, float):

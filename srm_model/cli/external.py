@@ -191,9 +191,9 @@ class Subject:
 
 def _check_owner(path: Path, model: str) -> None:
     """Raise ValueError if a file has results of another model."""
-    known = read_json(path) if path.is_file() else {}
-    other = known.get("settings", {}).get("model", model)
-    if other != model:
+    known = read_json(path) if path.is_file() else None
+    other = known.get("settings", {}).get("model") if isinstance(known, dict) else None
+    if other not in (None, model):
         raise ValueError(f"{path}: has results of {other}; expected another folder as --out")
 
 

@@ -17,7 +17,7 @@ from srm_model.reports.maps import draw_map
 CAPTION = (
     "Gradient-free occlusion: each of {windows} overlapping windows is replaced by {parts} other parts of the same "
     "image.\nRed: the score rises, so quality is lost here. Blue: the score falls. "
-    "Damage of the whole image is not visible."
+    "Damage that covers the whole image does not show."
 )
 
 

@@ -588,6 +588,16 @@ def test_the_experiments_tables_are_those_of_their_rows():
     assert {**declared, "data": None} == {**stored, "data": None}  # only the data folders may differ
 
 
+NECKS_COMPARED = (  # label on the pages, neck, variant
+    ("`none`", "none", FULL),
+    ("`quadratic`", "quadratic", FULL),
+    ("`srm`", "srm", FULL),
+    ("`none`, adversarial", "none", "baseline, adversarial training"),
+    ("`quadratic`, adversarial", "quadratic", "quadratic, adversarial training"),
+    ("`srm`, adversarial", "srm", "adversarial training"),
+)
+
+
 def lines_of(
     records: Records, kind: str, neck: str, variant: str, budget: tuple[str, float] | None = None
 ) -> list[dict[str, Any]]:
@@ -610,14 +620,9 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
     page = (EXPERIMENTS / "robustness" / "README.md").read_text()
     budgets = read_study(EXPERIMENTS / "robustness.toml").budgets
     for label, neck, variant in (
-        ("`none`", "none", FULL),
-        ("`quadratic`", "quadratic", FULL),
-        ("`srm`", "srm", FULL),
+        *NECKS_COMPARED,
         ("`none`, gradient-norm", "none", "baseline, gradient-norm training"),
         ("`srm`, gradient-norm", "srm", "gradient-norm training"),
-        ("`none`, adversarial", "none", "baseline, adversarial training"),
-        ("`quadratic`, adversarial", "quadratic", "quadratic, adversarial training"),
-        ("`srm`, adversarial", "srm", "adversarial training"),
         ("five links, adversarial", "srm", "five links, adversarial training"),
         ("no links, adversarial", "srm", "no links, adversarial training"),
         ("no links, deepest stage alone, adversarial", "srm", "deepest stage alone, adversarial training"),
@@ -653,14 +658,7 @@ def test_the_page_on_opinions_has_the_figures_of_its_rows():
     records = Records(EXPERIMENTS / "opinions")
     page = (EXPERIMENTS / "README.md").read_text()
     study = read_study(EXPERIMENTS / "opinions.toml")
-    for label, neck, variant in (
-        ("`none`", "none", FULL),
-        ("`quadratic`", "quadratic", FULL),
-        ("`srm`", "srm", FULL),
-        ("`none`, adversarial", "none", "baseline, adversarial training"),
-        ("`quadratic`, adversarial", "quadratic", "quadratic, adversarial training"),
-        ("`srm`, adversarial", "srm", "adversarial training"),
-    ):
+    for label, neck, variant in NECKS_COMPARED:
         for clean in lines_of(records, "clean", neck, variant):
             seed = clean["identity"]["seed"]
             attacked = [

@@ -15,6 +15,7 @@ import srm_model.checkpoint as checkpoint
 from srm_model import build_model, load_model
 from srm_model.checkpoint import load_weights, pack, read_card, save_model
 from srm_model.config import SRMConfig
+from srm_model.files import sha256_of
 
 
 class Small(nn.Module):
@@ -183,7 +184,7 @@ def test_weights_that_are_no_safetensors_are_refused_though_their_digest_fits(tm
     path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     path.write_bytes(b"\x80\x04K\x01.")
     document = json.loads(config.read_text())
-    config.write_text(json.dumps({**document, "sha256": checkpoint._sha256(path)}))
+    config.write_text(json.dumps({**document, "sha256": sha256_of(path)}))
     with pytest.raises(ValueError, match="not readable as safetensors"):
         load_weights(Small(), tmp_path)
 
@@ -206,7 +207,7 @@ def test_a_checkpoint_of_earlier_versions_with_a_cap_that_never_started(tmp_path
         tensors[name] = tensors[name].bool()
     save_file(tensors, tmp_path / "model.safetensors")
     document = json.loads((tmp_path / "config.json").read_text())
-    document["sha256"] = checkpoint._sha256(tmp_path / "model.safetensors")
+    document["sha256"] = sha256_of(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(document))
     model, _ = load_model(tmp_path)
     assert not model.neck.calibrated

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"cli", "__main__"},
     {"study", "profiling"},
-    {"runs", "external", "quality_map"},
+    {"runs", "external", "crops", "quality_map"},
     {"reports", "training", "attacks", "diagnosis"},
     {"data"},
     {"model"},

@@ -473,8 +473,8 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         "--map",
         metavar="OUT",
         help="also draw a map of where quality is lost. The map shows how the score changes when other parts of the "
-        "image replace a window (occlusion without gradients, 197 passes per image). OUT is a PNG file, or a folder "
-        "for several images",
+        "image replace a window (occlusion without gradients; scores 197 copies of the image). OUT is a PNG file, or "
+        "a folder for several images",
     )
     _add_batch_size(parser)
     add_max_pixels(parser)

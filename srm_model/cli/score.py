@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from srm_model.cli.maps import Maps
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
 from srm_model.cli.tables import print_json
-from srm_model.data import load_image
+from srm_model.crops import CropMean, at_full_resolution
+from srm_model.data import load_image, load_whole
 from srm_model.data.lists import decode
 from srm_model.data.photographs import SUFFIXES
 from srm_model.external import open_model
@@ -66,19 +67,21 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         folder = shipped() if chosen is None else chosen
         model, card = runs.open_checkpoint(folder, device, args.backend)
-        size = model.config.image_size
+        size, config = model.config.image_size, model.config
+        whole = at_full_resolution(card)
+        model = CropMean(model, size) if whole else model
         named = _model_name(folder)
         origin = "that comes with the package" if chosen is None else f"in {folder}"
         trained = "" if "epoch" in card else ", which is not trained"
         about = f"scoring with the checkpoint {named} {origin}{trained}"
     else:
         model, size = open_model(args.model, interface_of(args, lower_is_better=False)).to(device), args.size
-        named = args.model
+        whole, named = False, args.model
         about = f"scoring with the model {named}"
     failed = False
     with runs.running() as ran:
         for number, batch in enumerate(_batches(_sources(names, recursive=args.recursive), args.batch_size)):
-            results = _scored(model, size, device, batch)
+            results = _scored(model, load_whole if whole else load_image, size, device, batch)
             if number == 0:
                 runs.say(about)  # after the first batch, which shows that the model can run
             for result in results:
@@ -90,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
                     sys.stdout.flush()  # a map takes seconds
             sys.stdout.flush()
     if args.model is None:
-        runs.say_kernels(model.config, device, ran)
+        runs.say_kernels(config, device, ran)
     return 2 if failed else 0
 
 
@@ -176,9 +179,15 @@ def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
         yield batch
 
 
-def _scored(model: Any, size: int, device: torch.device, batch: list[_Source]) -> list[_Result]:
-    """Score the images of a batch."""
-    loaded = [source.fault or _load(source.path, size) for source in batch]
+def _scored(
+    model: Any,
+    load: Callable[[str, int], Tensor],
+    size: int,
+    device: torch.device,
+    batch: list[_Source],
+) -> list[_Result]:
+    """Score the images of a batch. `load` reads an image for a model with the image size `size`."""
+    loaded = [source.fault or _load(load, source.path, size) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
     scores = _scores(model, device, images)
     found = []
@@ -199,6 +208,8 @@ def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]
     """Return a score for each image. If the model fails on an image, return the error message instead of its score."""
     if not images:
         return []
+    if len({image.shape for image in images}) > 1:
+        return [score for image in images for score in _scores(model, device, [image])]
     try:
         with torch.inference_mode():
             return list(scores_of(model, torch.stack(images).to(device)).tolist())
@@ -208,9 +219,9 @@ def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]
         return [score for image in images for score in _scores(model, device, [image])]
 
 
-def _load(path: str, image_size: int) -> Tensor | str:
+def _load(load: Callable[[str, int], Tensor], path: str, image_size: int) -> Tensor | str:
     try:
-        return load_image(path, image_size)
+        return load(path, image_size)
     except ValueError as error:
         return sentence(str(error))
 

@@ -7,7 +7,7 @@ from srm_model.data.cache import ImageCache
 from srm_model.data.datasets import describe, open_dataset
 from srm_model.data.koniq10k import KonIQ10k
 from srm_model.data.tid2013 import TID2013
-from srm_model.data.transforms import load_image
+from srm_model.data.transforms import load_image, load_whole
 
 __all__ = [
     "SPLITS",
@@ -17,5 +17,6 @@ __all__ = [
     "KonIQ10k",
     "describe",
     "load_image",
+    "load_whole",
     "open_dataset",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from srm_model.data.cache import ImageCache
-from srm_model.data.images import Pixels, find_faults
+from srm_model.data.images import Pixels, find_faults, shorter_side
 from srm_model.data.lists import number
 from srm_model.data.transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
 
@@ -250,6 +250,11 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
     def __getstate__(self) -> dict[str, Any]:
         # Give a spawned worker an empty cache; otherwise all cached pixels would be pickled.
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
+
+    @property
+    def resized(self) -> bool:
+        """Whether the transforms change the resolution of at least one image of this split."""
+        return any(shorter_side(path) != self.image_size for path in self._paths)
 
     def _resized(self, index: int) -> Pixels:
         if self._shared is not None:

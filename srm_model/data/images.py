@@ -67,6 +67,12 @@ def check_regular(path: str | Path) -> None:
         raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
+def shorter_side(path: str | Path) -> int:
+    """Return the shorter side of an image file in pixels. Only the header of the file is read."""
+    with Image.open(path) as image:
+        return min(image.size)
+
+
 class Picture:
     """A decoded image. The methods return parts of the image as RGB, rotated by the EXIF orientation.
 

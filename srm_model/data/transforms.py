@@ -1,4 +1,4 @@
-"""The transforms from an image file to the network's input: resize the shorter side, then crop (docs/METHOD.md §5)."""
+"""The transforms from an image file to the network's input (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from srm_model.config import SRMConfig
 from srm_model.data.images import Pixels, decoded
 
 LONGEST = 16  # largest ratio of the longer to the shorter side; `load_resized` crops longer images
+WHOLE = 3  # largest side of `load_whole`, as a multiple of the image size of the model
 
 
 def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tensor:
@@ -28,6 +29,36 @@ def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tens
         ValueError: The image cannot be read.
     """
     return to_tensor(centre_crop(load_resized(path, image_size), image_size))
+
+
+def load_whole(path: str | Path, image_size: int) -> Tensor:
+    """Load a whole image file for `srm_model.crops.CropMean`: (3, H, W) float32 in [0, 1].
+
+    If both sides fit, the image keeps its resolution. If the shorter side is less than `image_size`, the image is
+    enlarged until this side is `image_size`. If the longer side is more than `WHOLE` times `image_size`, the image is
+    shrunk until this side is `WHOLE` times `image_size`, or until the shorter side is `image_size`. A longer side that
+    is still too long is cropped around its centre.
+
+    Args:
+        path: Path of the file.
+        image_size: Height and width of the crops of `CropMean`.
+
+    Returns:
+        The image. H and W are from `image_size` to `WHOLE` times `image_size`.
+
+    Raises:
+        ValueError: The image cannot be read.
+    """
+    most = WHOLE * image_size
+    with decoded(path) as picture:
+        least = image_size / min(picture.size)
+        scale = max(least, min(1.0, most / max(picture.size)))
+        sides = [max(image_size, round(side * scale)) for side in picture.size]
+        (left, right), (top, bottom) = (
+            _centre(side, whole, min(whole, most)) for side, whole in zip(picture.size, sides, strict=True)
+        )
+        width, height = (min(side, most) for side in sides)
+        return to_tensor(np.asarray(picture.resized((width, height), (left, top, right, bottom))))
 
 
 def load_resized(path: str | Path, image_size: int) -> Pixels:
@@ -56,6 +87,12 @@ def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:
     kept = min(whole, LONGEST * size)
     start = (whole - size) // 2 - (kept - size) // 2
     return start * side / whole, (start + kept) * side / whole, kept
+
+
+def _centre(side: int, whole: int, kept: int) -> tuple[float, float]:
+    """Return the start and end, in pixels of the file, of the middle `kept` of `whole` pixels after resizing."""
+    start = (whole - kept) // 2
+    return start * side / whole, (start + kept) * side / whole
 
 
 def centre_crop(pixels: Pixels, size: int) -> Pixels:

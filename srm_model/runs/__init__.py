@@ -305,7 +305,8 @@ def batches(dataset: Any, indices: Sequence[int], size: int) -> Iterator[torch.T
 def dataset_card(dataset: Any) -> dict[str, Any]:
     """Return the description of a dataset for the cards of checkpoints and for run.json.
 
-    The argument `dataset` is one split of the dataset. All splits give the same description.
+    The argument `dataset` is one split of the dataset. All splits give the same description, except for the key
+    `resized`, which says whether an image of this split is resized.
     """
     ceiling = getattr(dataset, "type_level_srocc", None)
     return {
@@ -314,6 +315,7 @@ def dataset_card(dataset: Any) -> dict[str, Any]:
         "labels": dataset.labels,
         "splits": dict(dataset.counts),
         "seed": dataset.seed,
+        "resized": dataset.resized,
         "fingerprint": dataset.fingerprint,
         **({} if ceiling is None else {"type_level_srocc": ceiling}),
     }

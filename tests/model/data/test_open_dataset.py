@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from srm_model.data import TID2013, KonIQ10k, describe, open_dataset
+from srm_model.runs import dataset_card
 
 TABLE = "image_name,MOS,set\n1.jpg,50,training\n2.jpg,60,validation\n3.jpg,70,test\n4.jpg,10,training\n"
 
@@ -61,3 +63,17 @@ def test_describe(tid, koniq):
     (koniq / "512x384" / "4.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"row 2: 1.jpg cannot be read"):  # all four names link to one file
         describe(koniq)
+
+
+def test_the_card_says_whether_an_image_is_resized(koniq):
+    sides = [(40, 30), (30, 55), (30, 30), (90, 30)]
+    for number, size in enumerate(sides, 1):
+        path = koniq / "512x384" / f"{number}.jpg"
+        path.unlink()
+        Image.new("RGB", size, (number, 0, 0)).save(path)
+    assert dataset_card(open_dataset(koniq, "train", image_size=30))["resized"] is False
+    assert dataset_card(open_dataset(koniq, "train", image_size=31))["resized"] is True
+    path = koniq / "512x384" / "4.jpg"  # of the train split
+    Image.new("RGB", (31, 90)).save(path)
+    assert dataset_card(open_dataset(koniq, "train", image_size=30))["resized"] is True
+    assert dataset_card(open_dataset(koniq, "val", image_size=30))["resized"] is False

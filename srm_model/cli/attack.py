@@ -11,7 +11,7 @@ from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
 from srm_model.cli.options import attack_config_from, budgets_of, device_from
-from srm_model.cli.tables import Columns, print_rows
+from srm_model.cli.tables import Columns, print_rows, print_type_level
 from srm_model.config import SRMConfig
 from srm_model.metrics import doubts
 from srm_model.norms import norm_of
@@ -53,10 +53,13 @@ def print_results(
 ) -> None:
     """Print one row per result, as in `print_rows`.
 
-    Without `as_json`, also print a line for each attack that may overstate robustness.
+    Without `as_json`, also print the SROCC of a predictor that knows only distortion type and level, and a line for
+    each attack that may overstate robustness.
     """
     rows = [row(folder, result) for folder, result in results]
     print_rows(rows, COLUMNS, as_json=as_json, table=table)
+    if not as_json:
+        print_type_level(rows, "model")
     for found in [] if as_json else rows:
         for doubt in found["doubts"]:
             print(f"{found['model']}, {found['norm']} {norm_of(found['norm']).brief(found['eps'])}, {doubt}")
@@ -116,5 +119,6 @@ def row(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         "worst_plcc": worst["plcc"],
         "worst_attack": worst["srocc_attack"],
         "images": len(result["mos"]),
+        "type_level_srocc": result.get("type_level_srocc"),
         "doubts": doubts(result.get("attacks", {})),
     }

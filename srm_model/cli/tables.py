@@ -54,6 +54,26 @@ def print_json(rows: Iterable[Row], table: str | None = None) -> None:
         print(json.dumps(finite({**about, **row}), allow_nan=False))
 
 
+def print_type_level(rows: Sequence[Row], name: str) -> None:
+    """Print, below a table, the SROCC of a predictor that knows only distortion type and level.
+
+    Rows with the same value and number of images share a line. Nothing is printed for rows without a value.
+
+    Args:
+        rows: Rows with the values `type_level_srocc` and `images`.
+        name: Name of the value that identifies a row. It is printed if the rows differ in `type_level_srocc` or
+            `images`.
+    """
+    groups: dict[tuple[float | None, int], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row["type_level_srocc"], row["images"]), []).append(str(row[name]))
+    for (ceiling, images), names in groups.items():
+        if ceiling is not None:
+            own = f"the {images} images of {', '.join(dict.fromkeys(names))}"
+            which = own if len(groups) > 1 else f"the same {images} images"
+            print(f"Predictor that knows only distortion type and level: SROCC {cell(ceiling)} on {which}")
+
+
 def print_text(text: str, *, as_json: bool = False) -> None:
     """Print text that is not part of a table. If `as_json` is true, use stderr, so that stdout has only JSON."""
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli.options import config_from, device_from
-from srm_model.cli.tables import print_rows
+from srm_model.cli.tables import print_rows, print_type_level
 from srm_model.data import ImageCache
 from srm_model.files import read_json, write_json
 from srm_model.runs.training import EVALUATION, logistic_of, new_model, train_neck
@@ -64,6 +64,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if writes:
         columns = {"checkpoint": "checkpoint", "SROCC": "srocc", "PLCC": "plcc", "images": "images"}
         print_rows(rows, columns, as_json=args.json)
+        if not args.json:
+            print_type_level(rows, "checkpoint")
 
 
 def _evaluate_all(
@@ -98,7 +100,10 @@ def print_clean(folders: list[Path], *, as_json: bool = False, table: str | None
     rows = [{"neck": folder.name, **_correlations(read_json(folder / EVALUATION))} for folder in folders]
     columns = {"neck": "neck", "SROCC": "srocc", "PLCC": "plcc", "test images": "images"}
     print_rows(rows, columns, as_json=as_json, table=table)
+    if not as_json:
+        print_type_level(rows, "neck")
 
 
 def _correlations(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {"srocc": evaluation["srocc"], "plcc": evaluation["plcc"], "images": evaluation["n"]}
+    found = {"srocc": evaluation["srocc"], "plcc": evaluation["plcc"], "images": evaluation["n"]}
+    return {**found, "type_level_srocc": evaluation.get("type_level_srocc")}

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -208,6 +208,13 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         """
         return {}
 
+    def type_level_srocc_of(self, names: Iterable[str]) -> float | None:
+        """Return the SROCC of a predictor that knows only distortion type and level, on the images with these names.
+
+        None if the class defines no such predictor. See `TID2013.type_level_srocc_of`.
+        """
+        return None
+
     @property
     def epoch(self) -> int:
         """The epoch, which determines the random crops. A new value also reaches persistent workers of `DataLoader`."""
@@ -264,6 +271,20 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         if index not in self._cache:
             self._cache[index] = load_resized(self._paths[index], self.image_size)
         return self._cache[index]
+
+
+def type_level_result(dataset: Any, names: Iterable[str]) -> dict[str, float]:
+    """Return the entry `type_level_srocc` of a result on the images with these names.
+
+    Args:
+        dataset: Any dataset. Only an `ImageQualityDataset` can have the entry.
+        names: File names of the images.
+
+    Returns:
+        A dict with the value of `dataset.type_level_srocc_of`, or an empty dict if the value is None.
+    """
+    found = dataset.type_level_srocc_of(names) if isinstance(dataset, ImageQualityDataset) else None
+    return {} if found is None else {"type_level_srocc": found}
 
 
 def check_arguments(split: str, seed: int, image_size: int) -> None:

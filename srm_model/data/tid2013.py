@@ -105,8 +105,11 @@ class TID2013(ImageQualityDataset):
         rows = _read_list(root, labels.range, faults)
         entries = find_images(rows, root / IMAGES, faults, verify=verify, progress=progress)
         parts = split_by_reference((entry.group for entry in entries), seed)
-        self.type_level_srocc = (
-            _type_level_srocc(entries, parts) if labels.kind.startswith("opinions:") else None
+        self._type_level_means = (
+            _type_level_means(entries, parts) if labels.kind.startswith("opinions:") else {}
+        )
+        self.type_level_srocc = self._type_level_srocc(
+            (entry.name, entry.mos) for entry in entries if parts[entry.group] == "test"
         )
         super().__init__(
             published_name("TID2013", len(entries), PUBLISHED_IMAGES)
@@ -133,6 +136,27 @@ class TID2013(ImageQualityDataset):
         raises ValueError.
         """
         return None if (root / LIST).exists() or (root / LABELS).exists() else f"no {LIST}"
+
+    def type_level_srocc_of(self, names: Iterable[str]) -> float | None:
+        """Return the SROCC of the predictor of `type_level_srocc` on some images of this split.
+
+        Args:
+            names: File names of the images, from the attribute `names`.
+
+        Returns:
+            The SROCC, or None in the cases in which `type_level_srocc` is None. Images whose type and level no training
+            image has are left out.
+        """
+        mos = dict(zip(self.names, self.mos.tolist(), strict=True))
+        return self._type_level_srocc((name, mos[name]) for name in names)
+
+    def _type_level_srocc(self, labelled: Iterable[tuple[str, float]]) -> float | None:
+        means = self._type_level_means
+        known = [(means[key], mos) for name, mos in labelled if (key := type_and_level(name)) in means]
+        if len(known) < 2:
+            return None
+        found = srocc([mean for mean, _ in known], [mos for _, mos in known])
+        return None if math.isnan(found) else round(found, 4)
 
     def details(self, sets: Mapping[str, ImageQualityDataset]) -> dict[str, Any]:
         """Return the ids of the references in each split, and `type_level_srocc` if it is known."""
@@ -173,19 +197,13 @@ def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
     }
 
 
-def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float | None:
-    """Return the attribute `type_level_srocc` of `TID2013`, or None if the SROCC is undefined."""
+def _type_level_means(entries: Sequence[Entry], parts: dict[str, str]) -> dict[str, float]:
+    """Return the mean label of the training images for each type and level, on the dataset's own scale."""
     scores: dict[str, list[float]] = {}
     for entry in entries:
         if parts[entry.group] == "train":
             scores.setdefault(type_and_level(entry.name), []).append(entry.mos)
-    test = [
-        entry for entry in entries if parts[entry.group] == "test" and type_and_level(entry.name) in scores
-    ]
-    if len(test) < 2:
-        return None
-    found = srocc([float(np.mean(scores[type_and_level(e.name)])) for e in test], [e.mos for e in test])
-    return None if math.isnan(found) else round(found, 4)
+    return {key: float(np.mean(found)) for key, found in scores.items()}
 
 
 def type_and_level(name: str) -> str:

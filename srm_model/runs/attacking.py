@@ -15,6 +15,7 @@ from srm_model import ranks, runs
 from srm_model.attacks import Suite, save_examples
 from srm_model.checkpoint import read_card
 from srm_model.config import SRMConfig
+from srm_model.data.base import type_level_result
 from srm_model.files import read_json, write_json
 from srm_model.norms import norm_of
 from srm_model.runs.training import logistic_of
@@ -56,7 +57,8 @@ def attack_checkpoint(
         within: Subfolder of `folder/attacks/` for the result. Default: the result is saved in `folder/attacks/` itself.
 
     Returns:
-        The contents of the JSON file.
+        The contents of the JSON file. With labels "opinions:<dataset>", `type_level_srocc` is the SROCC of a predictor
+        that knows only distortion type and level, on the attacked images (see `TID2013`).
     """
     chosen: dict[str, Any] = {"limit": limit, "keep": keep, "suite": suite}
     settings = {
@@ -70,7 +72,7 @@ def attack_checkpoint(
     }
     path = folder / "attacks" / within / result_name(norm, eps)
     if (known := known_result(path, settings)) is not None:
-        return known
+        return {**type_level_result(dataset, known["names"]), **known}
     if progress:
         runs.say(f"attacking {folder} with {norm} {norm_of(norm).brief(eps)}")
     if device.type == "cpu":
@@ -152,7 +154,8 @@ def attack_model(
             resume=unfinished,
             **options,
         )
-    found = {**result.to_dict(), **about(), "settings": settings}
+    ceiling = type_level_result(dataset, result.names)
+    found = {**result.to_dict(), **ceiling, **about(), "settings": settings}
     if writes:
         save_examples(result, pictures)
         write_json(path, found)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from srm_model import ranks
+from srm_model.data.base import type_level_result
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import device_of, evaluating, is_stochastic
 from srm_model.training.faults import reading, reading_fault, worker_start
@@ -107,6 +108,8 @@ def evaluate(
 
     Returns:
         The contents of `evaluation.json`, with the keys split, srocc, plcc, n, scores, mos, names, logistic and labels.
+        With labels "opinions:<dataset>", the key type_level_srocc is added: the SROCC of a predictor that knows only
+        distortion type and level, on the same images (see `TID2013`).
     """
     scores = predict(model, dataset, batch_size=batch_size, workers=workers, device=device, progress=progress)
     mapped = scores if logistic is None else logistic(scores)
@@ -120,4 +123,5 @@ def evaluate(
         "names": list(dataset.names),
         "logistic": None if logistic is None else logistic.to_dict(),
         "labels": dataset.labels,
+        **type_level_result(dataset, dataset.names),
     }

@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from srm_model import SRMConfig, build_model, cli
+from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card, save_model
 from srm_model.cli import main, tables
 from srm_model.cli.parser import make_parser
@@ -267,6 +268,68 @@ def test_every_command_that_prints_a_table_has_json():
         assert path.name == "tables.py" or '"--json"' not in path.read_text(encoding="utf-8"), path
 
 
+def test_what_type_and_level_alone_predict_is_printed_beside_each_srocc(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rated = shutil.copytree(data, tmp_path / "rated")
+    labels = read_json(rated / "labels.json")
+    del labels["metric"]
+    write_json(rated / "labels.json", {**labels, "opinions": "TID2013"})
+    names = [text.split()[1] for text in (rated / "mos_with_names.txt").read_text().splitlines()]
+    opinions = np.random.default_rng(0).uniform(1, 8, len(names))
+    (rated / "mos_with_names.txt").write_text(
+        "".join(f"{opinion:.3f} {name}\n" for opinion, name in zip(opinions, names, strict=True))
+    )
+    dataset = open_dataset(rated, "test")
+    whole, chosen = dataset.type_level_srocc, [dataset.names[i] for i in spread(6, 2)]
+    assert whole == dataset.type_level_srocc_of(dataset.names)
+    part = dataset.type_level_srocc_of(chosen)
+    assert abs(part) == 1 > abs(whole)
+    line = "Predictor that knows only distortion type and level: SROCC {:.3f} on the same {} images"
+    out, common = tmp_path / "out", ["--device", "cpu", "--no-progress"]
+
+    settings = ["--neck", "none", "--backbone", "test_convnext", *SETTINGS, "--set=epochs=1"]
+    assert main(["train", "--data", str(rated), "--out", str(out), *settings, *common]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [line.format(whole, 6)]
+    assert read_json(out / "none" / "evaluation.json")["type_level_srocc"] == whole
+
+    evaluate = ["evaluate", str(out), *common]
+    assert main(evaluate) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [line.format(whole, 6)]
+    assert main([*evaluate, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["type_level_srocc"] == whole
+    assert read_json(out / "none" / "evaluation.json")["type_level_srocc"] == whole
+    validation = open_dataset(rated, "val")
+    assert main([*evaluate, "--split", "val", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["type_level_srocc"] == validation.type_level_srocc_of(
+        validation.names
+    )
+
+    attack = ["attack", str(out), "--norm", "linf", "--eps", "4/255", "--steps", "1", "--restarts", "1"]
+    attack += ["--limit", "2", *common]
+    path = out / "none" / "attacks" / "linf-0.0156863.json"
+    for stored in (True, False):  # a result of an earlier version has no such entry
+        assert main(attack) == 0
+        assert capsys.readouterr().out.splitlines()[2] == line.format(part, 2)
+        found = read_json(path)
+        assert (found["names"], found.get("type_level_srocc")) == (chosen, part if stored else None)
+        write_json(path, {k: v for k, v in found.items() if k != "type_level_srocc"})
+    assert main([*attack, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["type_level_srocc"] == part
+
+
+def test_checkpoints_of_several_test_sets_have_a_line_each(capsys: pytest.CaptureFixture[str]):
+    values = {"a": (0.9, 6), "b": (0.8, 6), "c": (0.9, 6), "d": (None, 4)}
+    tables.print_type_level(
+        [{"name": n, "type_level_srocc": v, "images": i} for n, (v, i) in values.items()], "name"
+    )
+    start = "Predictor that knows only distortion type and level: SROCC"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{start} 0.900 on the 6 images of a, c",
+        f"{start} 0.800 on the 6 images of b",
+    ]
+
+
 def in_both_forms(
     capsys: pytest.CaptureFixture[str], *arguments: Any
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
@@ -292,7 +355,12 @@ def test_json_has_the_values_of_the_table(
         [row["checkpoint"], *figures(row["srocc"], row["plcc"]), str(row["images"])] for row in rows
     ]
     evaluation = read_json(folder / "srm" / "evaluation.json")
-    assert rows[0] == {"checkpoint": "srm", **{k: evaluation[k] for k in ("srocc", "plcc")}, "images": 6}
+    assert rows[0] == {
+        "checkpoint": "srm",
+        **{k: evaluation[k] for k in ("srocc", "plcc")},
+        "images": 6,
+        "type_level_srocc": None,  # the labels are no opinions
+    }
 
     trained = ["--data", data, "--out", folder, "--neck", "srm", "none", *SETTINGS]
     table, rows = in_both_forms(capsys, "train", *trained, "--backbone", "test_convnext")
@@ -318,6 +386,8 @@ def test_json_has_the_values_of_the_table(
         result = read_json(folder / row["model"] / "attacks" / "linf-0.0156863.json")
         assert row["worst_srocc"] == result["worst"]["srocc"]
         assert row["doubts"] == result["worst"]["doubts"]
+
+        assert row["type_level_srocc"] is None
 
     table, rows = in_both_forms(capsys, "audit", folder / "none", *brief, "--queries", "5")
     checks = read_json(folder / "none" / "audit.json")["checks"]

@@ -30,9 +30,10 @@ from srm_model import runs
 from srm_model.attacks import Suite
 from srm_model.attacks.guard import predict
 from srm_model.attacks.problem import parse_budget
-from srm_model.attacks.suite import Job
+from srm_model.attacks.suite import Job, spread
 from srm_model.checkpoint import read_card
 from srm_model.cli.options import device_from, positive
+from srm_model.data.base import type_level_result
 from srm_model.external import ExternalModel
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.profiling.results import append, newest, read
@@ -199,6 +200,9 @@ def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> li
 
     The cell of a model and a budget has a result only if all batches are attacked. If only some batches are attacked,
     the cell has the number of attacked images. If the attack on a batch failed, the cell has "error".
+
+    If the labels are opinions of similar images, the last line has the SROCC of a predictor that knows only distortion
+    type and level, on the test split and on the attacked images.
     """
     count = min(bench.images, len(bench.test))
     size = bench.test.image_size
@@ -246,7 +250,21 @@ def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> li
         f"{bench.test.name}, test split: {len(bench.test)} images, {size}×{size}; 95 % bootstrap intervals",
         f"square attack, L∞, {bench.config.attack_queries} queries: SROCC of {count} images, clean and by budget",
         *lines,
+        *type_level(bench),
     ]
+
+
+def type_level(bench: Bench) -> list[str]:
+    """Return a line with the SROCC of a predictor that knows only distortion type and level, if it is defined."""
+    names = bench.test.names
+    attacked = [names[index] for index in spread(len(names), bench.images)]
+    found = []
+    for chosen, which in ((names, "images"), (attacked, "attacked images")):
+        for ceiling in type_level_result(bench.test, chosen).values():
+            found.append(f"SROCC {ceiling:.3f} on the {len(chosen)} {which}")
+    if not found:
+        return []
+    return [f"predictor that knows only distortion type and level: {', '.join(found)}"]
 
 
 def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:

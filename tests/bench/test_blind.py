@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench import blind
 from bench.classical import METRICS, SVM, Classical, Metric
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import save_model
+from srm_model.data import open_dataset
 from srm_model.metrics import plcc
 from srm_model.profiling.results import read
 from srm_model.reports.bootstrap import REPLICATES, SEED
@@ -129,6 +131,29 @@ def test_the_table_and_its_rows(
     order = [(row["batch"], row["eps"], row["model"]) for row in attacked]
     assert order == [(i, eps, name) for i in (0, 1) for eps in blind.BUDGETS for name in clean]
     assert {row["attack"] for row in attacked} == {"square_mse"}
+
+
+def test_with_opinions_the_table_ends_with_what_type_and_level_alone_predict(
+    run: Callable[..., Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rated = shutil.copytree(dataset, tmp_path / "rated")
+    labels = {"format": "srm-iqa-labels/1", "direction": "higher is better", "range": [0, 9]}
+    (rated / "labels.json").write_text(json.dumps({**labels, "opinions": "TID2013"}))
+    listed = rated / "mos_with_names.txt"
+    names = [line.split()[1] for line in listed.read_text().splitlines()]
+    opinions = np.random.default_rng(3).uniform(1, 8, len(names))
+    listed.write_text(
+        "".join(f"{opinion:.3f} {name}\n" for opinion, name in zip(opinions, names, strict=True))
+    )
+    run("--data", str(rated))
+    test = open_dataset(rated, "test")
+    attacked = [test.names[index] for index in (0, 2, 4)]
+    values = test.type_level_srocc_of(test.names), test.type_level_srocc_of(attacked)
+    assert values[0] != values[1]
+    assert capsys.readouterr().out.splitlines()[5:] == [
+        "predictor that knows only distortion type and level: "
+        f"SROCC {values[0]:.3f} on the 5 images, SROCC {values[1]:.3f} on the 3 attacked images"
+    ]
 
 
 def test_all_models_are_attacked_on_the_scale_of_the_labels_and_more_with_a_larger_budget(

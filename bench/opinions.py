@@ -9,6 +9,9 @@ distortion levels, it has the score of each metric, the mean opinion score and t
 The summary has Spearman's correlation of each metric with the mean opinion scores of TID2013. The correlation
 is computed for each distortion type alone, for all types together, and for the default types of
 `srm-iqa data synthesize --opinions` together. The last line of the summary has the published correlations.
+
+With `--evaluation`, the command also stores how the checkpoint of the package scores the test images, for the table of
+docs/DATASETS.md. `python -m bench.report bench/results/cpu --pages docs/DATASETS.md` writes the table.
 """
 
 from __future__ import annotations
@@ -25,16 +28,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bench.harness import RESULTS
+from bench.harness import RESULTS, write_lines
+from srm_model.checkpoint import read_card, shipped
+from srm_model.config import SRMConfig
 from srm_model.data.distortions import DISTORTIONS, psnr
 from srm_model.data.labels import import_piq
 from srm_model.data.opinions import CROP, LEFT_OUT, number_of, read_opinions
 from srm_model.data.photographs import Frame, from_folder
+from srm_model.data.tid2013 import split_by_reference, type_and_level
+from srm_model.files import read_json
 from srm_model.metrics import srocc
 from srm_model.profiling.results import append, read
 
 METRICS = ("vsi", "fsim", "ssim")
 LEVELS = (1, 2, 3, 4, 5)
+CHECKPOINT_ROWS = "opinions-checkpoint.jsonl"
 # Cited figures for all of TID2013. They were not computed again: the images of TID2013 are not part of this project.
 PUBLISHED = {"vsi": 0.897, "fsim": 0.802, "ssim": 0.637}
 WITHIN = 0.03
@@ -92,6 +100,53 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
     return srocc([x for row in chosen for x in row[metric]], [x for row in chosen for x in row["mos"]])
 
 
+def checkpoint_rows(path: Path, sha256: str) -> list[Row]:
+    """Return a row for each distortion type: the names, labels and scores of a checkpoint's test images.
+
+    Args:
+        path: The checkpoint's `evaluation.json`.
+        sha256: Hash of the weights that must have been evaluated.
+
+    Raises:
+        ValueError: The file has other weights, another split than the test split, or labels that are not opinions.
+    """
+    found = read_json(path)
+    about = found.get("sha256"), found.get("split"), str(found.get("labels")).partition(":")[0]
+    if about != (sha256, "test", "opinions"):
+        raise ValueError(
+            f"{path}: has (weights, split, labels) {about}; expected {(sha256, 'test', 'opinions')}, the weights "
+            "of the checkpoint of the package"
+        )
+    kept: dict[int, Row] = {}
+    for name, mos, score in zip(found["names"], found["mos"], found["scores"], strict=True):
+        kind = int(type_and_level(name).partition("_")[0])
+        row = kept.setdefault(
+            kind, {"checkpoint": sha256, "type": kind, "names": [], "mos": [], "scores": []}
+        )
+        for key, value in (("names", name), ("mos", mos), ("scores", score)):  # rounding would make ties
+            row[key].append(value)
+    return [kept[kind] for kind in sorted(kept)]
+
+
+def level_means(found: Sequence[Row], names: Sequence[str]) -> list[float]:
+    """Return what a predictor that knows only the level predicts for images of one distortion type.
+
+    Args:
+        found: Rows of the type, with all photographs.
+        names: Names of images of the type, such as i01_02_3.bmp. Their photographs are not training photographs.
+
+    Returns:
+        For each name, the mean opinion score of the training photographs at the level of the image.
+    """
+    parts = split_by_reference((str(row["photograph"]) for row in found), SRMConfig.seed)
+    trained = [row["mos"] for row in found if parts[str(row["photograph"])] == "train"]
+    means = np.mean(trained, axis=0)
+    places = [tuple(map(int, Path(name).stem[1:].split("_"))) for name in names]
+    if any(parts[str(photograph)] == "train" for photograph, _, _ in places):
+        raise ValueError(f"{names[0]} and others: images of training photographs; expected other photographs")
+    return [float(means[LEVELS.index(level)]) for _, _, level in places]
+
+
 def summary(found: Sequence[Row]) -> list[str]:
     """Return the lines of a table of correlations.
 
@@ -131,7 +186,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "opinions.jsonl", metavar="FILE")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        help="write the scores in this evaluation.json of the checkpoint of the package to "
+        f"{CHECKPOINT_ROWS}, in the folder of --out",
+    )
     options = parser.parse_args(arguments)
+    if options.evaluation is not None:
+        try:
+            scored = checkpoint_rows(options.evaluation, read_card(shipped())["sha256"])
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        write_lines(options.out.parent / CHECKPOINT_ROWS, scored)
     known = read(options.out) if options.out.is_file() else []
     if options.photographs is not None:
         if options.opinions is None:

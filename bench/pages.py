@@ -12,15 +12,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import growth
+from bench import growth, opinions
+from srm_model.data.distortions import DISTORTIONS
+from srm_model.metrics import srocc
 from srm_model.profiling.results import newest, one_machine, read
 from srm_model.profiling.tables import MEBI, number, percent, shares
+from srm_model.reports.text import fixed
 
 BLOCK = re.compile(r"(<!-- rows: (.*?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 NECK = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
 POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
 WIDEST = 512  # the article's resolution
 Rows = list[dict[str, Any]]
+HARDLY_SEEN = 0.3  # SROCC below which a page says that the checkpoint hardly sees a distortion type
 PLAIN = ("torch", "sdpa")  # the backend, and its name in earlier rows
 
 
@@ -199,6 +203,41 @@ def crossover(folder: Path) -> str:
     return "\n".join([markdown(["N_k", *names.values()], lines, words=0), *guides])
 
 
+def types(folder: Path) -> str:
+    """Return a table of the SROCC with the opinions for each distortion type, and what the checkpoint hardly sees.
+
+    The metrics of `bench.opinions` have their SROCC on all photographs. The checkpoint of the package, and a predictor
+    that knows only the level, have their SROCC on the test images of the checkpoint. The list below the table has the
+    types for which the SROCC of the checkpoint is below `HARDLY_SEEN` or undefined.
+    """
+    rows = read(folder / "opinions.jsonl")
+    scored = {row["type"]: row for row in read(folder / opinions.CHECKPOINT_ROWS)}
+    lines, hardly = [], []
+    for kind in sorted({row["type"] for row in rows}):
+        own = [row for row in rows if row["type"] == kind]
+        cells = [fixed(opinions.correlation(own, metric)) for metric in opinions.METRICS]
+        if (found := scored.get(kind)) is None:
+            lines.append([str(kind), DISTORTIONS[kind].name, *cells, "—", "—"])
+            continue
+        level, checkpoint = (
+            srocc(scores, found["mos"])
+            for scores in (opinions.level_means(own, found["names"]), found["scores"])
+        )
+        lines.append([str(kind), DISTORTIONS[kind].name, *cells, fixed(level), fixed(checkpoint)])
+        if not checkpoint >= HARDLY_SEEN:
+            low, high = fixed(min(found["scores"])), fixed(max(found["scores"]))
+            about = f"SROCC {fixed(checkpoint)}, scores from {low} to {high}"
+            hardly.append(f"- type {kind} ({DISTORTIONS[kind].name}): {about}")
+    header = ["type", "distortion", "VSI", "FSIM", "SSIM", "level alone", "checkpoint"]
+    (digest,) = {row["checkpoint"] for row in scored.values()}
+    if hardly:
+        seen = [f"It hardly sees these types (SROCC below {HARDLY_SEEN}):", "", *hardly]
+    else:
+        seen = [f"Its SROCC is at least {HARDLY_SEEN} for each type."]
+    about = f"The SHA-256 of the checkpoint's weights begins with {digest[:12]}."
+    return "\n".join([markdown(header, lines, words=2), about, *seen])
+
+
 def _shares(folder: Path, direction: str) -> Iterable[tuple[str, str, list[str]]]:
     """Yield (backbone, image side, table cells) for `srm` with the backend `torch`, in fp32 and for one image."""
     lines = shares(rows_of(folder, "neck", NECK))
@@ -225,4 +264,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": step,
     "growth": grown,
     "crossover": crossover,
+    "types": types,
 }

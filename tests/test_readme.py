@@ -46,12 +46,15 @@ def test_every_command_is_listed_as_it_is(capsys):
     assert [name for name in commands if f"srm-iqa {name}" not in README and f"`{name}`" not in README] == []
 
 
-@pytest.mark.parametrize("page", ["docs/BENCHMARKS.md", "docs/TRAINING.md"])
+MEASURED = ("docs/BENCHMARKS.md", "docs/DATASETS.md", "docs/TRAINING.md")
+
+
+@pytest.mark.parametrize("page", MEASURED)
 def test_measured_figures_are_those_of_the_rows(page: str):
     """Check that the tables of a page match the stored results.
 
     To update the tables, run
-    `python -m bench.report bench/results/cpu --pages docs/BENCHMARKS.md docs/TRAINING.md`.
+    `python -m bench.report bench/results/cpu --pages docs/BENCHMARKS.md docs/DATASETS.md docs/TRAINING.md`.
     """
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- rows: " in text
@@ -59,8 +62,7 @@ def test_measured_figures_are_those_of_the_rows(page: str):
 
 
 def test_every_measured_table_is_reported():
-    pages_of_rows = ("docs/BENCHMARKS.md", "docs/TRAINING.md")
-    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages_of_rows)
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in MEASURED)
     assert [name for name in pages.BLOCKS if f"<!-- rows: {name} -->" not in text] == []
 
 

@@ -15,6 +15,7 @@ import srm_model.checkpoint
 from bench import checkpoint
 from srm_model import SRMConfig, build_model, load_model
 from srm_model.checkpoint import save_model
+from srm_model.files import read_json
 from srm_model.profiling.results import read
 
 RECIPE = {
@@ -112,6 +113,9 @@ def test_a_miniature_from_photographs_to_the_shipped_folder(
     assert "efficientnet" not in text, "another backbone"
     assert "was not trained" not in text
     assert (out / "table.md").read_text().count("| none | ") == 2
+    attacked = map(read_json, (out / "packed" / "srm" / "attacks").glob("*.json"))
+    (ceiling,) = {found["type_level_srocc"] for found in attacked}
+    assert f"; a predictor that knows only distortion type and level has {ceiling:.3f} on them" in text
     before = written(out)
     assert len(before) == 2 + 2 * 3 + 1 + 2 * 2
     assert checkpoint.main(given) == 0
@@ -120,6 +124,18 @@ def test_a_miniature_from_photographs_to_the_shipped_folder(
     (tmp_path / "recipe.json").write_text(json.dumps({**RECIPE, "epochs": 2}))
     assert checkpoint.main(given) == 2
     assert "an earlier call had another recipe" in capsys.readouterr().err
+
+
+def test_help_states_the_duration(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        checkpoint.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Duration on two CPU cores, by an estimate: 2.5 hours" in text
+    seconds = [
+        row["seconds"] for row in read(checkpoint.RECIPE.parent / "checkpoint" / "history-trades.jsonl")
+    ]
+    assert "Each of the two trainings takes about 45 minutes." in text
+    assert 40 < sum(seconds) / 60 < 50
 
 
 def replaced(given: list[str], option: str, *values: str) -> list[str]:

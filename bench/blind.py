@@ -1,6 +1,7 @@
 """Compare checkpoints with BRISQUE, NIQE and PIQE on a dataset: `python -m bench.blind --data DIR --checkpoint CKPT`.
 
-All models score the same images: the test split of the dataset, at the image size of the checkpoints. Each model is
+All models score the same images: the test split of the dataset, at the image size of the checkpoints or at a larger
+`--size`. A checkpoint then scores an image as `srm-iqa score` does, by the mean over crops. Each model is
 then attacked by `square_mse`, a square attack. The attack needs only scores, no gradients. It uses the same batches and
 random numbers for all models. Before the attack, a linear map is applied to the scores of each model. The map is fitted
 on the validation split: there, the mapped scores have the same mean and standard deviation as the labels. PLCC is
@@ -33,6 +34,8 @@ from srm_model.attacks.problem import parse_budget
 from srm_model.attacks.suite import Job, spread
 from srm_model.checkpoint import read_card
 from srm_model.cli.options import device_from, positive
+from srm_model.config import SRMConfig
+from srm_model.crops import CropMean, at_full_resolution
 from srm_model.data.base import type_level_result
 from srm_model.external import ExternalModel
 from srm_model.metrics import LogisticMap, plcc, srocc
@@ -84,13 +87,25 @@ def key_of(row: Row) -> str:
     return json.dumps([row.get(name) for name in KEYS], sort_keys=True)
 
 
-def checkpoints(folders: Sequence[str], device: str) -> list[Subject]:
-    """Open the checkpoints in some folders."""
+def checkpoints(folders: Sequence[str], device: str, size: int) -> list[Subject]:
+    """Open the checkpoints in some folders, for images of `size`×`size` pixels.
+
+    Raises:
+        ValueError: The size is not the image size of a checkpoint, and it is smaller, or images were resized in the
+            training of the checkpoint.
+    """
     found = []
     for folder in folders:
         path = runs.one_checkpoint(folder)
-        model, _ = runs.open_checkpoint(path, device_from(device))
-        found.append(Subject(folder, read_card(path)["sha256"], ExternalModel(model).eval()))
+        model, card = runs.open_checkpoint(path, device_from(device))
+        own = model.config.image_size
+        if size < own or (size > own and not at_full_resolution(card)):
+            accepted = f"{own} or more"
+            if not at_full_resolution(card):
+                accepted = f"only {own}, because its card does not say that no training image was resized"
+            raise ValueError(f"--size {size}: {folder} accepts {accepted}")
+        scorer = model if size == own else CropMean(model, own)
+        found.append(Subject(folder, read_card(path)["sha256"], ExternalModel(scorer).eval()))
         found[-1].model.to(device_from(device))
     return found
 
@@ -280,10 +295,13 @@ def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:
             f"the checkpoints have the image sizes and seeds {sorted(pairs)}; expected equal ones, because all models "
             "score the same images"
         )
-    subjects = checkpoints(options.checkpoint, options.device)
-    config = subjects[0].model.model.config.replace(attack_queries=options.queries)  # type: ignore[union-attr, operator]
+    config = SRMConfig.from_dict(cards[0]["config"]).replace(attack_queries=options.queries)
+    size = options.size or config.image_size
+    subjects = checkpoints(options.checkpoint, options.device, size)
     val, test = (
-        runs.dataset_for(cards[0]["card"], config, root=options.data, split=split, progress=False)
+        runs.dataset_for(
+            cards[0]["card"], config.replace(image_size=size), root=options.data, split=split, progress=False
+        )
         for split in ("val", "test")
     )
     for folder, card in zip(options.checkpoint, cards, strict=True):
@@ -306,6 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         metavar="CKPT",
         help="folder of a checkpoint; repeat the option for several checkpoints of the same image size and seed",
+    )
+    add(
+        "--size",
+        type=positive,
+        metavar="PX",
+        help="side of the square images (default: the image size of the checkpoints)",
     )
     add("--queries", type=positive, default=200, help="scores per image and budget (default: %(default)s)")
     add(

@@ -14,8 +14,9 @@ from PIL import Image
 
 from bench import blind
 from bench.classical import METRICS, SVM, Classical, Metric
-from srm_model import SRMConfig, build_model
+from srm_model import SRMConfig, build_model, load_model
 from srm_model.checkpoint import save_model
+from srm_model.crops import CropMean
 from srm_model.data import open_dataset
 from srm_model.metrics import plcc
 from srm_model.profiling.results import read
@@ -67,7 +68,9 @@ def run(
 ) -> Callable[..., Path]:
     """Return a function that runs `bench.blind` with the given metrics and returns the path of the written rows."""
 
-    def command(*more: str, metrics: tuple[Metric, ...] = (ROUGHNESS, ABSENT)) -> Path:
+    def command(
+        *more: str, metrics: tuple[Metric, ...] = (ROUGHNESS, ABSENT), checkpoint: Path = checkpoint
+    ) -> Path:
         monkeypatch.setattr(blind, "METRICS", metrics)
         out = tmp_path / "rows.jsonl"
         given = {"data": dataset, "checkpoint": checkpoint, "out": out, "device": "cpu", "images": 3}
@@ -247,3 +250,36 @@ def test_brisque_has_the_value_in_the_readme_of_image_quality(shared: Callable[[
     (score,) = (metric.load() for metric in METRICS if metric.packages == ("brisque",))
     photograph = np.asarray(Image.open(shared("data/kodak") / "5.png").convert("RGB"))
     assert score(photograph) == pytest.approx(4.9541572815704455, rel=1e-6)
+
+
+@pytest.fixture
+def cropping(checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a copy of the checkpoint whose card says that no training image was resized."""
+    model, _ = load_model(checkpoint)
+    save_model(model, tmp_path / "cropping", card={"dataset": {"resized": False}})
+    return tmp_path / "cropping"
+
+
+def test_larger_images_are_scored_by_the_mean_over_crops(
+    run: Callable[..., Path], dataset: Path, cropping: Path
+):
+    rows = read(run("--size", "40", metrics=(), checkpoint=cropping))
+    (clean,) = [row for row in rows if row["kind"] == "clean"]
+    images = [image for image, _ in open_dataset(dataset, "test", image_size=40)]
+    model, _ = load_model(cropping)
+    with torch.no_grad():
+        expected = CropMean(model, 32)(torch.stack(images)).tolist()
+    np.testing.assert_allclose(clean["test"]["scores"], expected, rtol=1e-5)
+    assert clean["settings"]["size"] == 40
+
+
+def test_sizes_that_a_checkpoint_does_not_accept(
+    run: Callable[..., Path], checkpoint: Path, cropping: Path, capsys: pytest.CaptureFixture[str]
+):
+    for folder, size, accepted in (
+        (checkpoint, "40", "only 32, because its card does not say that no training image was resized"),
+        (cropping, "31", "32 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            run("--size", size, metrics=(), checkpoint=folder)
+        assert f"--size {size}: {folder} accepts {accepted}" in capsys.readouterr().err

@@ -12,9 +12,9 @@ The command runs these steps. A finished step is not repeated; an interrupted st
 The recipe is a JSON file with fields of SRMConfig. The attacks are those of the suite `paper`. Their budgets
 come from the field eps_linf_tables of the trained model's config, unless --eps gives other budgets.
 
-Duration on two CPU cores, by an estimate: 2.5 hours with images of 256×256 pixels, three budgets, --images 96 and
---audit-images 8. Each of the two trainings takes about 45 minutes. An attack takes about 6 minutes per model and
-budget, with 10 steps and 1 restart. The audit takes about 15 minutes.
+Duration on one thread of a CPU, by an estimate: 2 hours with images of 256×256 pixels, three budgets, --images 96,
+--audit-images 8 and --set attack_queries=100. Each of the two trainings takes 30 to 50 minutes. An attack takes about
+6 minutes per model and budget, with 10 steps and 1 restart.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from srm_model.checkpoint import CONFIG, WEIGHTS, pack, read_card
 from srm_model.cli import main as srm_iqa
 from srm_model.cli.options import attack_config_from, budget, device_from, positive, width_and_height
 from srm_model.config import SRMConfig
+from srm_model.crops import at_full_resolution
 from srm_model.data import open_dataset
 from srm_model.files import atomic_path, read_json, write_json, write_text
 from srm_model.reports import card
@@ -232,10 +233,11 @@ def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
         if (ceiling := found.get("type_level_srocc")) is not None:
             notes[-1] += f"; a predictor that knows only distortion type and level has {ceiling:.3f} on them"
     low, middle, high = np.quantile(read_json(source / EVALUATION)["scores"], (0, 0.5, 1))
-    notes.append(
-        f"scores of the test images: from {low:.3f} to {high:.3f}, half of them above {middle:.3f}; the scores of "
-        "images without strong damage therefore differ little"
-    )
+    notes.append(f"scores of the test images: from {low:.3f} to {high:.3f}, half of them above {middle:.3f}")
+    if at_full_resolution(read_card(source)["card"]):
+        notes.append(
+            "no training image was resized: srm-iqa score gives a larger image the mean score of crops that cover it"
+        )
     if options.small or options.backbone != BACKBONE:
         notes.append("a miniature that shows that the pipeline works; its numbers have no meaning")
     licences = [*LICENCES, BACKBONE_LICENCE] if options.backbone == BACKBONE else LICENCES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,11 @@ def test_help_states_the_duration(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         checkpoint.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Duration on two CPU cores, by an estimate: 2.5 hours" in text
-    seconds = [
-        row["seconds"] for row in read(checkpoint.RECIPE.parent / "checkpoint" / "history-trades.jsonl")
-    ]
-    assert "Each of the two trainings takes about 45 minutes." in text
-    assert 40 < sum(seconds) / 60 < 50
+    assert "Duration on one thread of a CPU, by an estimate: 2 hours" in text
+    assert "Each of the two trainings takes 30 to 50 minutes." in text
+    for neck in checkpoint.NECKS:
+        history = read(checkpoint.RECIPE.parent / "checkpoint" / f"history-{neck}.jsonl")
+        assert 30 < sum(row["seconds"] for row in history) / 60 < 50
 
 
 def replaced(given: list[str], option: str, *values: str) -> list[str]:
@@ -200,3 +200,54 @@ def test_a_damaged_checkpoint_is_not_packed(
     assert said.count("\n") == 1
     assert "model.safetensors: damaged, or it does not belong to config.json" in said
     assert not (tmp_path / "out" / "packed").exists()
+
+
+def _cell(row: dict[str, Any]) -> str:
+    low, high = row["srocc_interval"]
+    return f"{row['srocc']:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+
+
+def test_the_pages_have_the_measured_results():
+    folder = checkpoint.RECIPE.parent
+    found = {
+        (row["neck"], row["attack"]): row
+        for row in read(folder / "checkpoint" / "results.jsonl")
+        if "attack" in row
+    }
+    page = (folder / "README.md").read_text()
+    budgets = ("linf 0.5/255", "linf 1/255", "linf 2/255")
+    for neck, label in (("srm", "`srm` (checkpoint of the package)"), ("none", "`none`")):
+        assert {found[neck, attack]["images"] for attack in budgets} == {96}
+        pattern = re.escape(f"| {label} | {_cell(found[neck, 'none'])} |") + r" 0\.\d{3} \| "
+        pattern += re.escape(" | ".join(_cell(found[neck, attack]) for attack in budgets)) + r" \|"
+        assert re.search(pattern, page), pattern
+    readme = (folder.parent / "README.md").read_text()
+    worst = found["srm", "linf 1/255"]
+    low, high = worst["srocc_interval"]
+    card = (srm_model.checkpoint.SHIPPED / "MODEL_CARD.md").read_text()
+    (before,) = re.findall(
+        r"before the attack, the 96 attacked test images have an SROCC of (0\.\d{3})", card
+    )
+    assert f"| `srm` (checkpoint of the package) | {_cell(found['srm', 'none'])} | {before} |" in page
+    for sentence in (
+        f"| SROCC of the checkpoint, not attacked | {found['srm', 'none']['srocc']:.2f} | all 525 test images |",
+        f"| SROCC of the checkpoint, not attacked | {float(before):.2f} | 96 of the test images",
+        f"1/255 | {worst['srocc']:.2f} | the same 96 test images; 95 % interval {low:.2f} to {high:.2f}. "
+        f"For a budget of 2/255 it is {found['srm', 'linf 2/255']['srocc']:.2f} |",
+        f"The checkpoint has an SROCC of {found['srm', 'none']['srocc']:.2f}. ",
+    ):
+        assert sentence in readme
+    for attack in ("none", *budgets):
+        assert (
+            f"| {attack} | {found['srm', attack]['images']} | {found['srm', attack]['srocc']:.3f} [" in card
+        )
+    lowest, highest = re.findall(r"scores of the test images: from (0\.\d{3}) to (0\.\d{3})", card)[0]
+    assert f"scores are between\n{float(lowest):.2f} and {float(highest):.2f}." in readme
+
+
+def test_the_shipped_checkpoint_has_the_recipe():
+    recipe = SRMConfig.from_dict(json.loads(checkpoint.RECIPE.read_text())).to_dict()
+    model, card = load_model()
+    own = model.config.to_dict()
+    assert {key for key in own if own[key] != recipe[key]} <= {"eps_linf_tables"}  # only of attacks
+    assert card["dataset"]["resized"] is False

@@ -1,9 +1,9 @@
-"""Find where an image loses quality, by gradient-free occlusion.
+"""Find where a model sees a loss of quality in an image, by gradient-free occlusion.
 
 A window of the image is replaced by other parts of the same image, one part at a time. If the score rises, the window
-was worse than the rest of the image. The window is not replaced by a blank or blurred area, because such an area would
-itself lower the quality. The method follows permutation importance, which replaces the value of a feature by the
-feature's values in other samples.
+was worse than the rest of the image in the view of the model. The model can be wrong. The window is not replaced by a
+blank or blurred area, because such an area would itself lower the quality. The method follows permutation importance,
+which replaces the value of a feature by the feature's values in other samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class QualityMap(NamedTuple):
     score: float  # score of the image
     change: NDArray[
         np.float64
-    ]  # (H, W), mean over the windows with this pixel; above 0, quality is lost here
+    ]  # (H, W), mean over the windows with this pixel; above 0, the model sees a loss of quality
     windows: int
     parts: int
 

@@ -16,8 +16,8 @@ from srm_model.reports.maps import draw_map
 
 CAPTION = (
     "Gradient-free occlusion: each of {windows} overlapping windows is replaced by {parts} other parts of the same "
-    "image.\nRed: the score rises, so quality is lost here. Blue: the score falls. "
-    "Damage that covers the whole image does not show."
+    "image.\nRed: the score rises, so the model sees a loss of quality here. Blue: the score falls. The model can be "
+    "wrong.\nDamage that covers the whole image does not show."
 )
 
 

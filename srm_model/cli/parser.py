@@ -472,9 +472,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     add(
         "--map",
         metavar="OUT",
-        help="also draw a map of where quality is lost. The map shows how the score changes when other parts of the "
-        "image replace a window (occlusion without gradients; scores 197 copies of the image). OUT is a PNG file, or "
-        "a folder for several images",
+        help="also draw a map of where the model sees a loss of quality; the model can be wrong. The map shows how the "
+        "score changes when other parts of the image replace a window (occlusion without gradients; scores 197 copies "
+        "of the image). OUT is a PNG file, or a folder for several images",
     )
     _add_batch_size(parser)
     add_max_pixels(parser)

@@ -46,7 +46,7 @@ def draw_map(
         left.set_title(f"score {fixed(score, 4)}")
         right.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
         shown = right.imshow(change, cmap="RdBu_r", vmin=-end, vmax=end, alpha=0.6)
-        right.set_title("where quality is lost (red)")
+        right.set_title("where the model sees a loss of quality (red)")
         figure.colorbar(shown, ax=right, label="change of score if the window is replaced", shrink=0.85)
         for axes in (left, right):
             axes.set(xticks=[], yticks=[])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
+from srm_model import load_model
 from srm_model.cli import main
 from srm_model.quality_map import PARTS, SHARE, WINDOWS, quality_map
 from srm_model.reports.maps import draw_map
@@ -67,6 +69,22 @@ def test_the_map_points_to_the_damage(model: nn.Module, flat: bool):
     # Windows outside the damage are sometimes replaced by damaged parts, which lower the score.
     assert found.change[~inside].mean() < 0
     assert found.score == pytest.approx(float(model(image[None])))
+
+
+def test_the_checkpoint_of_the_package_does_not_see_a_blurred_square(shared: Callable[[str], Path]):
+    """Repeat the example in docs/RECIPES.md. A change of at least 1 % of the score would be red (`draw_map`)."""
+    photograph = Image.open(shared("data/kodak") / "8.png").convert("RGB")
+    height = photograph.height
+    left, top, side = (photograph.width - height) // 2 + height // 8, height // 8, height // 3
+    box = (left, top, left + side, top + side)
+    photograph.paste(photograph.filter(ImageFilter.GaussianBlur(6)).crop(box), box[:2])
+    model, _ = load_model()
+    size = model.config.image_size
+    square = photograph.crop(((photograph.width - height) // 2, 0, (photograph.width + height) // 2, height))
+    pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+    found = quality_map(model, torch.from_numpy(pixels).permute(2, 0, 1))
+    inside = slice(size // 8, size // 8 + size // 3)
+    assert found.change[inside, inside].max() < 0.001 * found.score
 
 
 def test_places_that_the_model_does_not_see_do_not_change_the_score():

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.guard import as_found, as_scores, check_model, scores_of, to_model
+from srm_model.attacks.guard import as_scores, check_model
 from srm_model.files import sha256_of
 from srm_model.modules import make_torchvision_importable
 
@@ -291,18 +291,3 @@ def _sources(name: str, model: nn.Module) -> set[Path]:
     modules = {type(part).__module__ for part in model.modules()} | {name.partition(":")[0]}
     files = (getattr(sys.modules.get(module), "__file__", None) for module in modules)
     return {Path(file) for file in files if file and Path(file).is_file()}
-
-
-def differentiable(model: nn.Module, image: Tensor) -> bool:
-    """Return whether autograd can differentiate the score of an image.
-
-    Args:
-        model: Model to test.
-        image: (3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: The model fails on the image.
-    """
-    images = to_model(model, image[None])
-    with as_found(model, images, seed=0):
-        return scores_of(model, images.clone().requires_grad_()).requires_grad

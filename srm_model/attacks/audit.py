@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ from srm_model.attacks.guard import (
     as_found,
     check_finite,
     derived_seed,
+    differentiable,
     generators_of,
     gradient_of,
     predict,
@@ -74,6 +75,7 @@ class Audit:
     restarts: int  # restarts of PGD
     queries: int  # queries per image of the square attack
     seed: int
+    has_gradient: bool  # whether autograd can differentiate the scores
     checks: list[Check]
 
     @property
@@ -101,6 +103,7 @@ def audit(
     config: SRMConfig | None = None,
     images: int = 16,
     seed: int = 0,
+    expect_gradient: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Audit:
     """Check whether attacks measure this model's robustness, or only fail to find its weakness.
@@ -134,6 +137,11 @@ def audit(
     If the model is stochastic, the checks "steps" and "restarts" use the same random numbers in every step. The check
     "derivative" uses the same random numbers for the gradient and for the central differences.
 
+    If the scores have no gradient, the check "gradients" fails. If `expect_gradient` is false, it does not run.
+    The checks "steps", "eps", "restarts", "derivative" and "transfer" do not run. The check "black_box" reports the
+    reach of the square attack without a verdict, because there is no white-box attack to compare with. The check
+    "unbounded" uses the square attack instead of PGD. The other two checks are unchanged.
+
     The call does not change the state of the model.
 
     Args:
@@ -145,6 +153,8 @@ def audit(
         config: Steps, restarts, queries and batch size of the attacks. Default: `SRMConfig()`.
         images: Number of images to use, evenly spaced over the dataset.
         seed: Seed of the attacks.
+        expect_gradient: Whether the model is meant to be differentiable. Pass False for a model that cannot be, such as
+            a metric computed with NumPy. If autograd can differentiate the scores, this argument has no effect.
         progress: Called with the name of each check before it runs.
 
     Returns:
@@ -170,7 +180,7 @@ def audit(
     )
     if eps == 0:
         raise ValueError("eps=0: expected a budget above 0")
-    subject = _Subject(job)
+    subject = _Subject(job, expect_gradient=expect_gradient)
     checks = []
     for name, check in _CHECKS.items():
         if progress is not None:
@@ -186,6 +196,7 @@ def audit(
         restarts=config.attack_restarts,
         queries=config.attack_queries,
         seed=job.seed,
+        has_gradient=subject.has_gradient,
         checks=checks,
     )
 
@@ -196,7 +207,8 @@ class _Subject:
     Results that several checks use are cached.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, expect_gradient: bool) -> None:
+        self.expect_gradient = expect_gradient
         self.model, self.surrogate, self.norm, self.config = job.model, job.surrogate, job.norm, job.config
         self.seed, self.radius = job.seed, job.radius
         self.batches = [job.load(number) for number in range(len(job.batches))]
@@ -209,6 +221,7 @@ class _Subject:
         self.mos = torch.cat([mos for _, mos in self.batches])
         spread = float(self.clean.std()) if len(self.clean) > 1 else 0.0
         self.tolerance = SCORE_TOLERANCE * (spread if spread > 0 else 1.0)
+        self.has_gradient = differentiable(self.model, job.first)
 
     @property
     def largest(self) -> float:
@@ -331,7 +344,8 @@ def _check(
 ) -> Callable[[Callable[[_Subject], Finding]], Callable[[_Subject], Check]]:
     """Register a function `_name` as the check `name`.
 
-    If the scores have no gradient, the check "gradients" fails, and other checks that need gradients cannot run.
+    If the scores have no gradient, checks that need gradients cannot run. The check "gradients" then fails, unless the
+    model is not meant to have gradients.
     """
 
     def register(find: Callable[[_Subject], Finding]) -> Callable[[_Subject], Check]:
@@ -342,10 +356,9 @@ def _check(
             try:
                 passed, figure, data = find(subject)
             except NoGradientError as error:
-                if name == "gradients":
+                passed, figure = None, "not checked: the scores have no gradient"
+                if name == "gradients" and subject.expect_gradient:
                     passed, figure = False, str(error)
-                else:
-                    passed, figure = None, f"not checked: {error}"
             return Check(name, title, passed, figure, meaning, data)
 
         _CHECKS[name] = check
@@ -514,11 +527,20 @@ def _transfer(subject: _Subject) -> Finding:
     "An attack without gradients can only beat one with gradients if the gradients mislead.",
 )
 def _black_box(subject: _Subject) -> Finding:
+    queries, area = subject.config.attack_queries, subject.config.attack_square_area
+
     def search(batch: int, sign: int) -> PGDTrace:
-        queries, area = subject.config.attack_queries, subject.config.attack_square_area
         return subject.attack(square_trace, batch, sign, number=3000, queries=queries, area=area)
 
-    return _against_white_box(subject, subject.reach(subject.both_ways(search)))
+    found = subject.reach(subject.both_ways(search))
+    if not subject.has_gradient:
+        reach = float(found.mean())
+        figure = (
+            f"not checked: the scores have no gradient, so there is no white-box attack; {queries:,} queries move the "
+            f"score by {reach:.3g}"
+        )
+        return None, figure, {"other": reach}
+    return _against_white_box(subject, found)
 
 
 def _against_white_box(subject: _Subject, other: Tensor) -> Finding:
@@ -542,26 +564,23 @@ def _against_white_box(subject: _Subject, other: Tensor) -> Finding:
 )
 def _unbounded(subject: _Subject) -> Finding:
     pairs = PairInversion(margin=0.0, temperature=subject.config.pair_temperature)
+    config = subject.config
+    attack: Callable[..., PGDTrace] = partial(pgd_trace, steps=config.attack_steps, restarts=1)
+    by = ""
+    if not subject.has_gradient:
+        attack = partial(square_trace, queries=config.attack_queries, area=config.attack_square_area)
+        by = f", by {config.attack_queries:,} queries"
+    settings: dict[str, Any] = {"norm": subject.norm, "eps": subject.largest, "eot": subject.eot}
     attacked = []
     for number, (images, mos) in enumerate(subject.batches):
-        trace = pgd_trace(
-            subject.model,
-            images,
-            mos,
-            pairs,
-            norm=subject.norm,
-            eps=subject.largest,
-            steps=subject.config.attack_steps,
-            restarts=1,
-            eot=subject.eot,
-            generator=subject.generator(4000 + number),
-        )
+        generator = subject.generator(4000 + number)
+        trace = attack(subject.model, images, mos, pairs, generator=generator, **settings)
         attacked.append(predict(subject.model, trace.images, samples=subject.eot).double().cpu())
     scores = torch.cat(attacked)
     if not scores.isfinite().all():
         return True, "the scores are no longer finite", {"srocc": None}
     before, after = srocc(subject.clean, subject.mos), srocc(scores, subject.mos)
-    figure = f"SROCC {before:.2f} clean, {after:.2f} with any image allowed"
+    figure = f"SROCC {before:.2f} clean, {after:.2f} with any image allowed{by}"
     return None if before < 0 else after < 0, figure, {"clean": before, "srocc": after}
 
 

@@ -143,6 +143,21 @@ def predict(model: nn.Module, images: Tensor, *, samples: int = 1, seed: int = 0
         return torch.stack([scores_of(model, images) for _ in range(samples)]).mean(0)
 
 
+def differentiable(model: nn.Module, image: Tensor) -> bool:
+    """Return whether autograd can differentiate the score of an image.
+
+    Args:
+        model: Model to test.
+        image: (3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: The model fails on the image.
+    """
+    images = to_model(model, image[None])
+    with as_found(model, images, seed=0):
+        return scores_of(model, images.clone().requires_grad_()).requires_grad
+
+
 def to_model(model: nn.Module, images: Tensor) -> Tensor:
     """Move images to the model's device, in channels_last layout if the first convolution uses this layout."""
     tensors = [*model.parameters(), *model.buffers()]

@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
         with runs.writing(args.out):
             subject = external.Subject(args)
             if not subject.has_gradient:
-                runs.say(f"{args.model}: the scores have no gradient, so checks of gradients are not run")
+                runs.say(
+                    f"{args.model}: the scores have no gradient, which is not evidence of robustness; checks that need "
+                    "gradients are not run"
+                )
             about = {"title": f"Audit of {args.model}", "model_name": args.model, "size": args.size}
             found = _audit(
                 args, subject.model, subject.dataset, subject.config, subject.surrogate, Path(args.out), about
@@ -89,6 +92,8 @@ def _audit(
         config=config,
         images=args.limit,
         seed=config.seed,
+        # A model of --model may be a metric without gradients; a checkpoint of this package always has gradients.
+        expect_gradient=args.model is None,
         progress=None if args.no_progress else lambda title: runs.say(f"auditing: {title}"),
     )
     result = {**found.to_dict(), **about, "dataset": f"{dataset.name}, {dataset.split} split"}
@@ -106,5 +111,7 @@ def _audit(
     ]
     print_rows(rows, COLUMNS, as_json=args.json)
     failed = f"{len(found.failed)} of {len(found.checks)} checks failed"
+    if not found.has_gradient:
+        failed += "; the scores have no gradient, which is not evidence of robustness"
     print_text(f"{as_named(page)}: {failed}", as_json=args.json)
     return found.passed

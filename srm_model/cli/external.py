@@ -144,10 +144,10 @@ class Subject:
         import numpy as np
 
         from srm_model import runs
-        from srm_model.attacks.guard import predict
+        from srm_model.attacks.guard import differentiable, predict
         from srm_model.attacks.suite import spread
         from srm_model.data.labelled import labelled_images
-        from srm_model.external import differentiable, open_model
+        from srm_model.external import open_model
         from srm_model.metrics import srocc
 
         self.config: SRMConfig = attack_config_from(args, SRMConfig(image_size=args.size))

@@ -19,7 +19,8 @@ def write_audit(document: Mapping[str, Any], path: str | Path) -> Path:
 
     Args:
         document: `Audit.to_dict()` or the contents of audit.json. `Audit.to_dict()` contains all required keys. Three
-            more keys are optional: `title`, `dataset` (a text) and `certificates`.
+            more keys are optional: `title`, `dataset` (a text) and `certificates`. An audit.json of an older version
+            has no key `has_gradient`, which then counts as true.
         path: File to write.
 
     Returns:
@@ -69,6 +70,8 @@ def _settings(document: Mapping[str, Any]) -> str:
 def _verdict(document: Mapping[str, Any]) -> Markup:
     failed = [check["title"].lower() for check in document["checks"] if check["passed"] is False]
     open_ = [check["title"].lower() for check in document["checks"] if check["passed"] is None]
+    if not document.get("has_gradient", True):
+        return _without_gradient(failed, open_, len(document["checks"]))
     if failed:
         said = element("strong", f"{count(len(failed), 'check')} failed.")
         rest = (
@@ -81,6 +84,20 @@ def _verdict(document: Mapping[str, Any]) -> Markup:
     if open_:
         rest += f" Not run: {listing(open_)}."
     return element("p", element("b", "No check failed."), rest, class_="lede")
+
+
+def _without_gradient(failed: list[str], open_: list[str], checks: int) -> Markup:
+    said = (
+        " This is not evidence of robustness: only attacks that use scores alone apply, and they are weaker than "
+        "gradient attacks. If the model is meant to be differentiable, something in it stops the gradient, for example "
+        f"torch.no_grad or detach. Not run: {listing(open_)}."
+    )
+    if failed:
+        said += f" Of the other checks, {len(failed)} failed. Not true of this model: {listing(failed)}."
+    else:
+        said += f" The other {checks - len(open_)} checks passed."
+    strong = element("strong", "The scores have no gradient.")
+    return element("p", strong, said, class_="notice", role="note")
 
 
 def _checks(document: Mapping[str, Any]) -> Markup:

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from srm_model.attacks.guard import differentiable
 from srm_model.cli import main
 from srm_model.data import load_image
 from srm_model.data.labelled import labelled_images
-from srm_model.external import ExternalModel, Interface, differentiable, open_model
+from srm_model.external import ExternalModel, Interface, open_model
 from srm_model.files import read_json
 
 SIZE = 32
@@ -262,14 +263,26 @@ def test_a_model_without_gradient_is_attacked_by_queries_alone(
 
 
 def test_the_audit_says_what_it_could_not_ask(images: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(command("audit", "theirs:Counted", images, "--lower-is-better")) == 1
-    checks = {check["name"]: check for check in read_json(Path("out/audit.json"))["checks"]}
-    unasked = [name for name, check in checks.items() if check["figure"].startswith("not checked: the model")]
-    assert unasked == ["steps", "eps", "restarts", "derivative", "black_box", "unbounded"]
-    assert all(checks[name]["passed"] is None for name in unasked)
-    assert checks["gradients"]["passed"] is False
-    assert checks["randomness"]["passed"] is checks["batch"]["passed"] is True
-    assert "Audit of theirs:Counted" in Path("out/audit.html").read_text()
+    assert main(command("audit", "theirs:Counted", images, "--lower-is-better")) == 0
+    found = read_json(Path("out/audit.json"))
+    checks = {check["name"]: check for check in found["checks"]}
+    unasked = [name for name, check in checks.items() if "have no gradient" in check["figure"]]
+    assert unasked == ["steps", "eps", "gradients", "restarts", "derivative", "black_box"]
+    assert [name for name, check in checks.items() if check["passed"] is None] == [
+        *unasked[:5],
+        "transfer",
+        "black_box",
+    ]
+    assert (
+        checks["unbounded"]["passed"] is checks["randomness"]["passed"] is checks["batch"]["passed"] is True
+    )
+    assert found["has_gradient"] is False
+    text = Path("out/audit.html").read_text()
+    assert "Audit of theirs:Counted" in text
+    assert "<strong>The scores have no gradient.</strong> This is not evidence of robustness" in text
+    out, err = capsys.readouterr()
+    assert "0 of 10 checks failed; the scores have no gradient, which is not evidence of robustness" in out
+    assert "checks that need gradients are not run" in err
     capsys.readouterr()
 
 

@@ -212,10 +212,48 @@ def test_masked_models_are_flagged(model, flags):
     for check in result.checks:
         assert check.figure
         assert check.meaning.count(".") >= 1
-    if type(model) is Blind:
-        asked = {check.name for check in result.checks if "have no gradient" not in check.figure}
-        assert asked == {"randomness", "batch"}
-        assert {check.name for check in result.checks if check.passed} == asked
+    assert result.has_gradient is (type(model) is not Blind)
+
+
+def test_a_model_without_gradient_is_asked_by_queries():
+    """A model that is meant to be differentiable fails; another model gets no verdict about its gradients."""
+    (reach,) = (check.data["other"] for check in run(Honest()).checks if check.name == "black_box")
+    for expected in (True, False):
+        result = run(Blind(), expect_gradient=expected)
+        found = {check.name: check for check in result.checks}
+        assert list(found) == CHECKS
+        assert not result.has_gradient
+        assert result.passed is not expected
+        assert result.failed == (["gradients"] if expected else [])
+        assert {name for name, check in found.items() if check.passed} == {"unbounded", "randomness", "batch"}
+        for name in set(CHECKS) - {"unbounded", "randomness", "batch"}:
+            assert "have no gradient" in found[name].figure
+        # `Blind` and `Honest` have the same scores, so the same search reaches the same scores.
+        assert found["black_box"].data["other"] == pytest.approx(reach)
+        assert "150 queries" in found["unbounded"].figure
+        assert found["unbounded"].data["srocc"] < 0 < found["unbounded"].data["clean"]
+
+
+def test_a_search_that_does_not_move_the_scores_is_not_a_pass():
+    class Deaf(nn.Module):
+        """Scores that do not depend on the pixels, only on their position in the batch."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.arange(len(images)).float()
+
+    class Ordered(Images):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mos = torch.linspace(0, 1, len(self.images)).tolist()
+
+    config = QUICK.replace(attack_batch_size=12)
+    found = audit(Deaf(), Ordered(), eps=4 / 255, config=config, images=12, expect_gradient=False)
+    assert "unbounded" in found.failed
+
+
+def test_a_gradient_is_checked_even_if_none_is_expected():
+    assert run(Honest(), expect_gradient=False).to_dict() == run(Honest()).to_dict()
+    assert "gradients" in run(Quantising(), expect_gradient=False).failed
 
 
 def test_declared_randomness_is_no_fault():

@@ -71,6 +71,18 @@ def test_a_pass_says_what_was_left_open(tmp_path: Path):
     assert "Bounds by median smoothing" not in text
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_model_without_gradient_gets_a_headline_of_its_own(tmp_path: Path, failed: bool):
+    checks = document()["checks"]
+    checks[1]["passed"] = not failed
+    text = page(tmp_path, checks=checks, has_gradient=False)
+    assert "<strong>The scores have no gradient.</strong> This is not evidence of robustness" in text
+    assert "Not run: title of transfer." in text
+    assert ("Not true of this model: title of eps." in text) is failed
+    assert ("The other 2 checks passed." in text) is not failed
+    assert "No check failed" not in text
+
+
 def test_certificates(tmp_path: Path):
     entry = {
         "stated": 0.3,

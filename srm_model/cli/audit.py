@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     args.limit = args.limit or (args.images if isinstance(args.images, int) else IMAGES)
     if args.model is not None:
         with runs.writing(args.out):
+            external.check_owner(args)
             subject = external.Subject(args)
             if not subject.has_gradient:
                 runs.say(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,12 +191,22 @@ class Subject:
         )
 
 
-def _check_owner(path: Path, model: str) -> None:
-    """Raise ValueError if a file has results of another model."""
-    known = read_json(path) if path.is_file() else None
-    other = known.get("settings", {}).get("model") if isinstance(known, dict) else None
-    if other not in (None, model):
-        raise ValueError(f"{path}: has results of {other}; expected another folder as --out")
+def check_owner(args: argparse.Namespace) -> None:
+    """Raise ValueError if the folder `--out` has results of another model, of a checkpoint or of a run."""
+    out = Path(args.out)
+    for path in (out / "run.json", out / "audit.json", *sorted(out.glob("attacks/*.json"))):
+        known = read_json(path) if path.is_file() else None
+        if not isinstance(known, dict):
+            continue
+        # run.json, audit.json and the results of attacks name the model at different places.
+        named = (
+            known.get("model_name")
+            if path.name == "audit.json"
+            else known.get("settings", known).get("model")
+        )
+        if named != args.model:
+            other = named or "a checkpoint or a run"
+            raise ValueError(f"{path}: has results of {other}; expected another folder as --out")
 
 
 def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str, Any]]]:
@@ -206,7 +218,8 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
 
     Returns:
         A list with one pair for each norm and budget: the value of `--model` as a path, and the results of the attack.
-        The results are also stored in a JSON file in the folder `attacks` of `--out`.
+        The results are also stored in a JSON file in the folder `attacks` of `--out`. `run.json` in `--out` records
+        the command.
     """
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint
@@ -214,6 +227,7 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     from srm_model.norms import norm_of
     from srm_model.runs.attacking import attack_model, known_result, result_name
 
+    check_owner(args)
     subject = Subject(args)
     if not subject.has_gradient:
         runs.say(f"{args.model}: the scores have no gradient, so only query attacks are run")
@@ -234,25 +248,36 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     }
     progress = writes and not args.no_progress
     results = []
-    for norm, eps in budgets:
-        path = Path(args.out, "attacks", result_name(norm, eps))
-        found = known_result(path, settings)
-        if found is None:
-            _check_owner(path, args.model)
-            if progress:
-                runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
-            found = attack_model(
-                subject.model,
-                subject.dataset,
-                path,
-                settings,
-                norm=norm,
-                eps=eps,
-                config=config,
-                surrogate=subject.surrogate,
-                progress=progress,
-                writes=writes,
-                **chosen,
-            )
-        results.append((Path(args.model), found))
+    with _recorded(args, subject) if writes else nullcontext():
+        for norm, eps in budgets:
+            path = Path(args.out, "attacks", result_name(norm, eps))
+            found = known_result(path, settings)
+            if found is None:
+                if progress:
+                    runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
+                found = attack_model(
+                    subject.model,
+                    subject.dataset,
+                    path,
+                    settings,
+                    norm=norm,
+                    eps=eps,
+                    config=config,
+                    surrogate=subject.surrogate,
+                    progress=progress,
+                    writes=writes,
+                    **chosen,
+                )
+            results.append((Path(args.model), found))
     return results
+
+
+@contextmanager
+def _recorded(args: argparse.Namespace, subject: Subject) -> Iterator[None]:
+    """Record the command and the dataset in `run.json`, for `srm-iqa report`."""
+    from srm_model import runs
+
+    title = f"Attacks on {args.model}"
+    with runs.recorded(Path(args.out), args.arguments, title=title, model=args.model) as record:
+        record["dataset"] = runs.dataset_card(subject.dataset)
+        yield

@@ -505,7 +505,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", metavar="RUN", help="run folder, or a study's folder")
+    add("folder", metavar="RUN", help="run folder, a study's folder, or the folder --out of attack --model")
     add("--out", metavar="FILE", help="page to write (default: RUN/report.html)")
     add(
         "--table",

@@ -19,7 +19,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     The page names the parts that are missing from the run.
 
     Args:
-        run: Run folder.
+        run: Run folder, or the folder `--out` of `srm-iqa attack --model`.
         out: File to write. Default: `report.html` in the run folder.
 
     Returns:

@@ -13,8 +13,11 @@ from srm_model.reports.text import setting
 
 
 def look(neck: str) -> int:
-    """Return the index of the neck's colour, dash and marker, which are the same in every chart."""
-    return NECKS[neck].look
+    """Return the index of the neck's colour, dash and marker, which are the same in every chart.
+
+    The name of a model from another package gives 0, because a page shows only one such model.
+    """
+    return NECKS[neck].look if neck in NECKS else 0
 
 
 def whole_page(title: str, main: Markup) -> Markup:

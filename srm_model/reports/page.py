@@ -32,8 +32,8 @@ def render(run: Run) -> Markup:
         section("Limits of these numbers", limits(run, found)),
         section("Prediction against label", scatters(run)),
         section("Attacked images", pictures(run)),
-        section("Training", training(run)),
-        section("Diagnostics of the neck", mechanism(run)),
+        section("Training", training(run)) if run.model is None else None,
+        section("Diagnostics of the neck", mechanism(run)) if run.model is None else None,
         section("Settings and reproduction", _settings(run)),
         element("footer", f"Written by srm-iqa {_version('srm-iqa')}."),
     )
@@ -60,6 +60,10 @@ def _moment(created: str | None) -> str | None:
 
 
 def _trained(run: Run) -> str:
+    name = run.dataset.get("name")
+    if run.model is not None:
+        said = f"The model {run.model} comes from another package. Its scores were scaled to the mean and standard "
+        return f"{said}deviation of the labels{f' (data: {name})' if isinstance(name, str) else ''}."
     if not run.necks:
         return "No trained neck was found in this run."
     names = [neck.name for neck in run.necks]
@@ -68,7 +72,7 @@ def _trained(run: Run) -> str:
         said += f" on the backbone{'s' * (len(backbones) > 1)} {listing(backbones)}"
     if epochs := sorted({len(neck.history) for neck in run.necks if neck.history}):
         said += f" for {listing(epochs)} epoch{'s' * (epochs != [1])}"
-    name, splits = run.dataset.get("name"), run.dataset.get("splits")
+    splits = run.dataset.get("splits")
     images = splits.get("train") if isinstance(splits, dict) else None
     if isinstance(images, int):
         said += f" on {count(images, 'image')}"
@@ -89,6 +93,8 @@ def _tested(run: Run) -> str:
     if attacked == sizes:
         which = "all of them"
     budgets = listing(budget_text(budget).replace(" ", NO_BREAK) for budget in run.budgets)
+    if run.model is not None:
+        return f"It was attacked on {which} at {budgets}."
     return f"{said}, and attacked on {which} at {budgets}."
 
 
@@ -126,15 +132,21 @@ def _settings(run: Run) -> Child:
             element("div", element("h3", "Versions"), _versions(run)),
             class_="pair",
         ),
+        _configurations(run) if run.model is None else None,
+        element("h3", "Commands"),
+        again,
+        caption("To write this page again from the run's files:"),
+        element("pre", element("code", shlex.join(["srm-iqa", "report", str(run.folder)]))),
+    ]
+
+
+def _configurations(run: Run) -> Child:
+    return [
         element("h3", "Settings that differ from the defaults"),
         _configuration(run),
         caption(
             "Settings of each neck's training. The settings of the attacks are stated with their results."
         ),
-        element("h3", "Commands"),
-        again,
-        caption("To write this page again from the run's files:"),
-        element("pre", element("code", shlex.join(["srm-iqa", "report", str(run.folder)]))),
     ]
 
 

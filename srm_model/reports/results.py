@@ -66,11 +66,11 @@ def results(run: Run, found: Estimates) -> Child:
     """Return the summary, the chart of clean and attacked SROCC, and the table of all attacks."""
     if not found.test and not found.worst:
         return missing("No test scores and no attacks were found.")
+    mapped = " after a logistic map that was fitted on clean validation images" if run.model is None else ""
     definitions = element(
         "p",
-        "SROCC is the rank correlation of scores and labels. PLCC is the linear correlation after a logistic map "
-        "that was fitted on clean validation images. 1 is perfect, 0 is chance, below 0 the order "
-        "is reversed. “Worst” is the lowest value over all attacks at one budget.",
+        f"SROCC is the rank correlation of scores and labels. PLCC is the linear correlation{mapped}. 1 is perfect, 0 "
+        "is chance, below 0 the order is reversed. “Worst” is the lowest value over all attacks at one budget.",
     )
     summary = element("div", element("div", _summary(run)), _falls(run, found), class_="results")
     if not run.budgets:
@@ -81,7 +81,7 @@ def results(run: Run, found: Estimates) -> Child:
 def limits(run: Run, found: Estimates) -> Child:
     """Return notes on the limits of the run, and a table of the differences between its necks."""
     notes = [*_attack_notes(run)]
-    if run.necks:
+    if run.necks and run.model is None:
         seeds = sorted({neck.config["seed"] for neck in run.necks if "seed" in neck.config})
         each = "Each neck" if len(run.necks) > 1 else "The neck"
         notes.append(
@@ -92,7 +92,7 @@ def limits(run: Run, found: Estimates) -> Child:
     if differences is not None or found.worst:
         notes.append(
             f"Intervals are percentile bootstraps over images: {bootstrap.REPLICATES:,} resamples (seed "
-            f"{bootstrap.SEED}), the same for every neck and attack. Each resample has its own worst attack. Images "
+            f"{bootstrap.SEED}), the same for every model and attack. Each resample has its own worst attack. Images "
             "of the same photograph are similar, which the bootstrap ignores, so the true uncertainty is larger."
         )
     return [element("ul", [element("li", note) for note in notes], class_="notes"), differences]
@@ -125,7 +125,7 @@ def _summary(run: Run) -> Markup:
             for neck, item in attacked
         ]
     title = "Drop: clean minus worst, on the same images." if drops else None
-    return table(["Neck", "SROCC", "PLCC", *drops], rows, title=title)
+    return table(["Neck" if run.model is None else "Model", "SROCC", "PLCC", *drops], rows, title=title)
 
 
 def _doubts(run: Run) -> Markup | None:
@@ -182,12 +182,18 @@ def _attack_notes(run: Run) -> list[str]:
     items = [item for neck in run.necks for item in neck.attacks]
     if not items:
         return ["No attack was run, so robustness was not measured."]
+    sizes, seeds = (
+        listing(sorted(set(values))) for values in ([len(i.mos) for i in items], [i.seed for i in items])
+    )
+    if queries := sorted({item.queries for item in items if item.queries is not None}):
+        return [
+            f"The attacks used only scores, with {listing(f'{n:,}' for n in queries)} queries per image, on {sizes} "
+            f"images (seed {seeds}). Attacks with gradients are stronger where they apply, so the attacked figures may "
+            "overstate robustness."
+        ]
     strengths = sorted({(item.steps, item.restarts) for item in items})
     said = listing(
         f"{count(steps, 'step')} with {count(restarts, 'random start')}" for steps, restarts in strengths
-    )
-    sizes, seeds = (
-        listing(sorted(set(values))) for values in ([len(i.mos) for i in items], [i.seed for i in items])
     )
     note = f"The attacks took {said} on {sizes} images (seed {seeds})."
     protocol = SRMConfig()

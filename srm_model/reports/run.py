@@ -83,6 +83,7 @@ class Attacked:
     incomplete: tuple[str, ...]  # attacks that were not run without a surrogate
     examples: tuple[Example, ...]
     kernels: str | None = None  # which backends ran, and which verdict or setting chose them
+    queries: int | None = None  # queries per image if all attacks use only scores, otherwise None
 
     @property
     def budget(self) -> Budget:
@@ -100,7 +101,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Neck:
-    """The folder of one trained neck."""
+    """The folder of one trained neck, or of the attacks on a model from another package."""
 
     name: str
     backbone: str | None
@@ -113,7 +114,11 @@ class Neck:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: `run.json` and one folder per trained neck."""
+    """A run folder: `run.json` and one folder per trained neck.
+
+    The folder of `srm-iqa attack --model` has the attacks on one model from another package. `necks` then has one entry
+    with the name of this model.
+    """
 
     folder: Path
     title: str | None
@@ -124,6 +129,7 @@ class Run:
     versions: dict[str, str]
     photographs: tuple[Photograph, ...]
     necks: tuple[Neck, ...]
+    model: str | None = None  # name of the model from another package; None for a run of necks
 
     @property
     def budgets(self) -> list[Budget]:
@@ -156,9 +162,11 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected the folder of a run")
     found = [name for name in NECKS if (folder / name).is_dir()]
-    if not found and not (folder / "run.json").is_file():
+    model = None if found else attacked_model(folder)
+    if not found and model is None and not (folder / "run.json").is_file():
         raise ValueError(
-            f"{folder}: not a run folder; expected run.json or a folder of a trained neck ({', '.join(NECKS)})"
+            f"{folder}: not a run folder; expected run.json, a folder of a trained neck ({', '.join(NECKS)}), or "
+            "results of srm-iqa attack --model"
         )
     about = _optional(folder / "run.json", _object) or {}
     command = about.get("command")
@@ -172,8 +180,21 @@ def read_run(folder: str | Path) -> Run:
         seconds=_number_or_none(about.get("seconds")),
         versions={str(key): str(value) for key, value in _mapping(about.get("versions")).items()},
         photographs=_photographs(_mapping(about.get("dataset")).get("root")),
-        necks=tuple(_read_neck(folder / name) for name in found),
+        necks=tuple(
+            [_read_neck(folder / name, name) for name in found]
+            if model is None
+            else [_read_neck(folder, model)]
+        ),
+        model=model,
     )
+
+
+def attacked_model(folder: Path) -> str | None:
+    """Return the name of the model whose attacks `srm-iqa attack --model` wrote to a folder; None without attacks."""
+    for path in sorted(folder.glob("attacks/*.json")):
+        if name := _text(_mapping(_mapping(read_json(path)).get("settings")).get("model")):
+            return name
+    return None
 
 
 def numbers(value: Any) -> list[float]:
@@ -187,11 +208,11 @@ def numbers(value: Any) -> list[float]:
     return [number for item in value for number in numbers(item)] if isinstance(value, list) else []
 
 
-def _read_neck(folder: Path) -> Neck:
+def _read_neck(folder: Path, name: str) -> Neck:
     model = read_card(folder) if (folder / CONFIG).is_file() else {}
     attacks = [_read_attacked(path) for path in folder.glob("attacks/*.json")]
     return Neck(
-        name=folder.name,
+        name=name,
         backbone=model.get("backbone"),
         config=model.get("config", {}),
         card=model.get("card", {}),
@@ -287,7 +308,14 @@ def _attacked(value: Any) -> Attacked:
         incomplete=tuple(map(str, value.get("incomplete", ()))),
         examples=(),
         kernels=_text(value.get("kernels")),
+        queries=_queries(value, attacks),
     )
+
+
+def _queries(value: dict[str, Any], attacks: dict[str, Any]) -> int | None:
+    methods = {scores.get("method") for scores in attacks.values()}
+    found = _mapping(_mapping(value.get("settings")).get("attack")).get("attack_queries")
+    return found if methods == {"square"} and isinstance(found, int) else None
 
 
 def _shares(scores: dict[str, Any]) -> dict[str, float]:

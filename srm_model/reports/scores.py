@@ -49,11 +49,12 @@ def scatters(run: Run) -> Child:
     y_limits = padded(*_range([view.mos for view in everything]))
     source = run.labels or "source unknown"
     y_label = f"label ({label_words(source)})"
+    line = "The dashed line is the logistic map from score to label, fitted on clean validation images. "
     parts: list[Child] = [
         element(
             "p",
-            "A dot is an image. The dashed line is the logistic map from score to label, fitted on clean validation "
-            "images. All panels have the same axes; an arrow head on an edge is a score outside of the axes.",
+            f"A dot is an image. {line if run.model is None else ''}All panels have the same axes; an arrow head on an "
+            "edge is a score outside of the axes.",
         )
     ]
     for neck in run.necks:
@@ -76,7 +77,7 @@ def scatters(run: Run) -> Child:
         ]
         parts.append(neck_heading(neck.name))
         parts.append(element("div", panels, class_="panels") if panels else missing("No scores were found."))
-        if panels and logistic is None:
+        if panels and logistic is None and run.model is None:
             parts.append(missing("No logistic map was found for this neck."))
         elif logistic is not None and not logistic.converged:
             parts.append(caption(f"The map of this neck is a straight line: {logistic.reason}."))
@@ -106,7 +107,7 @@ def pictures(run: Run) -> Child:
         return missing("The attacks kept no pictures.")
     intro = (
         "Each image is shown clean and attacked, with its change around mid-grey, magnified as stated. The arrow leads "
-        "from the neck's score of the clean image to its score of the attacked image. The scores are for images in "
+        "from the model's score of the clean image to its score of the attacked image. The scores are for images in "
         "floating point; the pictures are rounded to 8 bits."
     )
     return [element("p", intro), strips, _credits(run)]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -173,6 +174,50 @@ def test_results_of_another_model_are_kept(images: Path, capsys: pytest.CaptureF
     assert main(command("attack", "theirs:Blur", images, "--norm", "linf", "--eps", "4/255")) == 2
     assert "has results of theirs:Sharpness; expected another folder as --out" in capsys.readouterr().err
     assert read_json(Path("out/attacks/linf-0.0156863.json")) == first
+
+
+def test_an_audit_of_another_model_is_kept(images: Path, capsys: pytest.CaptureFixture[str]):
+    """The audit refuses the folder before it loads the model."""
+    Path("out").mkdir()
+    Path("out/audit.json").write_text('{"model_name": "theirs:Blur"}')
+    assert main(command("audit", "theirs:nope", images)) == 2
+    expected = "out/audit.json: has results of theirs:Blur; expected another folder as --out"
+    assert capsys.readouterr().err == f"srm-iqa audit: {expected}\n"
+    assert Path("out/audit.json").read_text() == '{"model_name": "theirs:Blur"}'
+    assert main(command("attack", "theirs:nope", images)) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "audit.json", "attacks/linf-0.0156863.json"])
+def test_the_folder_of_a_checkpoint_is_refused(name: str, images: Path, capsys: pytest.CaptureFixture[str]):
+    path = Path("out", name)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"title": "a run", "settings": {"checkpoint": "0"}}')
+    for what in ("attack", "audit"):
+        assert main(command(what, "theirs:made", images)) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: has results of a checkpoint or a run; expected another folder as --out" in error
+
+
+@pytest.mark.parametrize("model", ["theirs:Sharpness", "theirs:Counted"])
+def test_the_attacks_on_a_model_have_a_page(model: str, images: Path, capsys: pytest.CaptureFixture[str]):
+    found = attacked(model, images, "--lower-is-better")
+    assert main(["report", "out"]) == 0
+    assert capsys.readouterr().out.endswith("out/report.html\n")
+    page = re.sub(r"(?s)<style>.*?</style>|<[^>]*>", "", Path("out/report.html").read_text())
+    assert f"The model {model} comes from another package." in page
+    assert "It was attacked on 8 images at L∞" in page
+    assert "srm-iqa attack --model" in page
+    assert "label (scores of labels.csv, column opinion)" in Path("out/report.html").read_text()
+    for scores in found["attacks"].values():
+        assert f"{scores['srocc']:.3f}".replace("-", "−") in page
+    for words in ("neck", "logistic", "was trained", "Training"):
+        assert words not in page
+    assert ("with 20 queries per image" in page) is (model == "theirs:Counted")
+    assert ("3 steps with 1 random start" in page) is (model != "theirs:Counted")
+    Path("out/run.json").unlink()
+    assert main(["report", "out"]) == 0
+    assert f"The model {model} comes from another package." in Path("out/report.html").read_text()
 
 
 @pytest.mark.parametrize(

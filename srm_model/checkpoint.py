@@ -166,13 +166,18 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         The contents of `config.json`. The entry `card` has the facts about the training.
 
     Raises:
-        ValueError: `folder` is a file, or its `config.json` is missing or invalid. `config.json` is invalid if it is
-            not readable as JSON, its format is not "srm-iqa/1", a key is missing or unknown, or a value is invalid.
+        ValueError: `folder` is a file or does not exist, or its `config.json` is missing or invalid. `config.json` is
+            invalid if it is not readable as JSON, its format is not "srm-iqa/1", a key is missing or unknown, or a
+            value is invalid.
     """
     path = Path(folder) / CONFIG
     if Path(folder).is_file():
         raise ValueError(
             f"{folder} is a file; expected the folder of a checkpoint, with {WEIGHTS} and {CONFIG}"
+        )
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; expected the folder of a checkpoint, with {WEIGHTS} and {CONFIG}"
         )
     document = read_json(path)
     if not isinstance(document, dict) or not str(document.get("format", "")).startswith("srm-iqa/"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import logging
 import os
 import sys
 import zipfile
@@ -64,6 +65,7 @@ class ExternalModel(nn.Module):
 
     Attributes:
         model: The wrapped model.
+        lower_better: The attribute `lower_better` of the wrapped model, as in pyiqa; False without such an attribute.
         line: Slope and offset that are applied to the scores (see `match`).
     """
 
@@ -74,9 +76,9 @@ class ExternalModel(nn.Module):
     def __init__(self, model: nn.Module, interface: Interface | None = None) -> None:
         super().__init__()
         interface = interface or Interface()
-        lower = interface.lower_is_better
-        lower = bool(getattr(model, "lower_better", False)) if lower is None else lower
         self.model = model
+        self.lower_better = bool(getattr(model, "lower_better", False))
+        lower = self.lower_better if interface.lower_is_better is None else interface.lower_is_better
         # Store the interface in buffers, because the fingerprint of a model includes its buffers. With another
         # interface, the fingerprint is different, so old results are not reused.
         self.register_buffer("mean", torch.tensor(interface.mean).view(3, 1, 1))
@@ -154,7 +156,7 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
         TypeError: The object is not an `nn.Module`, its `forward` requires further arguments besides the images, or it
             has fp16 or bf16 parameters.
     """
-    found = _program(Path(name)) if name.endswith(PROGRAM) else _named(name)
+    found = _program(Path(name)) if _is_program(name) else _named(name)
     if not isinstance(found, nn.Module):
         raise TypeError(
             f"--model {name}: a {type(found).__name__}; expected an nn.Module or a callable that returns one"
@@ -174,11 +176,20 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
     return model
 
 
+def _is_program(name: str) -> bool:
+    return name.lower().endswith(PROGRAM)
+
+
 def _named(name: str) -> Any:
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
         raise ValueError(
             f"--model {name}: expected MODULE:NAME, or an exported program that ends in {PROGRAM}"
+        )
+    if module_name.startswith(".") or module_name.endswith(".py") or set(module_name) & set("/\\"):
+        raise ValueError(
+            f"--model {name}: {module_name} is a path; expected a module of the current folder or an installed module, "
+            f"such as {Path(module_name).stem}:{attribute}"
         )
     make_torchvision_importable()
     with _current_folder_first():
@@ -235,20 +246,45 @@ def _program(path: Path) -> nn.Module:
     except FileNotFoundError:
         raise ValueError(f"--model {path}: no such file; expected an exported program") from None
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--model {path}: not an exported program ({error})") from None
+        raise ValueError(
+            f"--model {path}: not an exported program ({error}); expected a file that torch.export.save wrote"
+        ) from None
+    if "data.pkl" in names and "archive_format" not in names:
+        raise ValueError(
+            f"--model {path}: has pickled objects, as torch.save and torch.jit.save write them; expected a file that "
+            "torch.export.save wrote"
+        )
     pickled = sorted(name for name in names if name.startswith(_PICKLED))
     if pickled:
         raise ValueError(
             f"--model {path}: has objects that need pickle ({pickled[0]}), which could run any code; expected a "
             "program with tensors only"
         )
-    with _weights_only():
+    with (
+        _weights_only(),
+        _without_warnings(),
+        path.open("rb") as file,
+    ):  # a path would have to end in lower case
         try:
-            return torch.export.load(path).module()
+            return torch.export.load(file).module()
         except Exception as error:
             raise ValueError(
                 f"--model {path}: not loadable as an exported program ({_reason(error)})"
             ) from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Log no warnings in the `with` block.
+
+    If an exported program cannot be loaded, PyTorch logs a traceback as a warning before it raises an error.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -280,7 +316,7 @@ def code_digest(name: str, model: nn.Module) -> str:
         name: As in `open_model`.
         model: The model that `open_model` returned for `name`.
     """
-    files = {Path(name)} if name.endswith(PROGRAM) else _sources(name, model)
+    files = {Path(name)} if _is_program(name) else _sources(name, model)
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(sha256_of(path).encode())

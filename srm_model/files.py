@@ -44,18 +44,24 @@ def make_folder(path: str | Path) -> None:
     """Create a folder and its parents if they are missing.
 
     Raises:
-        ValueError: `path` or one of its parents is a file.
+        ValueError: `path` or one of its parents is a file, or the folder cannot be created.
     """
     path = Path(path)
     for attempt in range(100):
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, FileNotFoundError, NotADirectoryError):
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
             check_folder(path)
             if attempt == 99:  # retry before: another process may have removed the folder during mkdir
-                raise
+                raise _not_writable(path, error) from None
+        except OSError as error:
+            raise _not_writable(path, error) from None
         else:
             return
+
+
+def _not_writable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"{folder}: not writable ({error.strerror}); expected a folder with write permission")
 
 
 def check_folder(path: str | Path) -> None:
@@ -153,7 +159,7 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
         shared: Whether other processes that also pass `shared` may write to the folder at the same time.
 
     Raises:
-        ValueError: Another process has locked the folder.
+        ValueError: Another process has locked the folder, or the folder is not writable.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -178,10 +184,19 @@ def _locked(folder: Path, shared: bool) -> IO[bytes]:
     # Retry, because an exclusive lock may be short: the last process that uses a shared folder takes such a lock while
     # it removes the lock file.
     pauses = iter((0.01, 0.1, 0.5))
+    missing = 0
     while True:
         make_folder(folder)
-        with suppress(FileNotFoundError):  # another process may remove the folder or its lock file now
+        try:
             file = (folder / LOCK).open("ab+")
+        except FileNotFoundError as error:  # another process may have removed the folder now
+            missing += 1
+            if missing == 100:
+                raise _not_writable(folder, error) from None
+            continue
+        except OSError as error:
+            raise _not_writable(folder, error) from None
+        with suppress(FileNotFoundError):  # another process may remove the lock file now
             try:
                 if fcntl is not None:
                     fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -13,10 +13,14 @@ from srm_model.config import SRMConfig
 from srm_model.files import read_json
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from srm_model.data import ImageQualityDataset
     from srm_model.external import ExternalModel, Interface
 
 SIZE = 512
+NEARLY_EQUAL = 1e-3  # range of scores, as a share of the largest score
 # Options that need --model, as attributes of the parsed arguments. Their default is None.
 _WITH_MODEL = (
     "size imagenet mean std peak lower_is_better labels image_column score_column label_range out".split()
@@ -57,13 +61,19 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="V",
         help="value of white, such as 255 for a model with inputs from 0 to 255 (default: 1)",
     )
+    add(
+        "--lower-is-better",
+        action="store_true",
+        default=None,
+        help="low scores mean high quality (default: the model's attribute lower_better); `score` prints the model's "
+        "own scores in any case, and uses this option for --map only",
+    )
     return group
 
 
 def add_labels(group: argparse._ArgumentGroup) -> None:
     """Add the options for labels and results."""
     add = group.add_argument
-    add("--lower-is-better", action="store_true", default=None, help="low scores mean high quality")
     add("--labels", metavar="FILE", help="table of scores for the images, with a header")
     add(
         "--image-column",
@@ -122,6 +132,9 @@ def check_model_options(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError if options of `attack` or `audit` contradict each other, or if a required option is missing."""
     check_model_options(args)
+    for name in ("limit", "images"):
+        if getattr(args, name) == 1:
+            raise ValueError(f"--{name} 1: expected at least 2, because a correlation needs two images")
     if args.model is None:
         if args.folder is None:
             raise ValueError("no model was given; expected RUN, or --model")
@@ -173,6 +186,7 @@ class Subject:
         # One image at a time, because the whole dataset may not fit in memory.
         scores = np.array([float(predict(self.model, self.dataset[index][0][None])) for index in used])
         labels = self.dataset.mos[used]
+        _check_spread(args, scores * float(self.model.line[0]))
         reversed_ = float(self.model.line[0]) < 0
         self.model.match(scores, labels)
         self.has_gradient = differentiable(self.model, self.dataset[used[0]][0])
@@ -189,6 +203,24 @@ class Subject:
             if args.surrogate
             else None
         )
+
+
+def _check_spread(args: argparse.Namespace, scores: npt.NDArray[np.float64]) -> None:
+    """Raise ValueError if the model has only one score or equal scores; warn if its scores are nearly equal."""
+    from srm_model import runs
+
+    if len(scores) < 2:
+        raise ValueError(f"{args.labels}: lists one image; expected at least two, which a correlation needs")
+    low, high = scores.min(), scores.max()
+    if not high - low <= NEARLY_EQUAL * max(abs(low), abs(high)):  # NaN is reported later
+        return
+    same = "equal" if low == high else "nearly equal"
+    said = f"{args.model}: the scores of all {len(scores)} images are {same} ({low:g} to {high:g})"
+    if args.peak is None:
+        said += "; if the model takes pixels from 0 to 255, add --peak 255"
+    if low == high:
+        raise ValueError(said)
+    runs.say(said)
 
 
 def check_owner(args: argparse.Namespace) -> None:

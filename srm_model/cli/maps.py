@@ -16,8 +16,8 @@ from srm_model.reports.maps import draw_map
 
 CAPTION = (
     "Gradient-free occlusion: each of {windows} overlapping windows is replaced by {parts} other parts of the same "
-    "image.\nRed: the score rises, so the model sees a loss of quality here. Blue: the score falls. The model can be "
-    "wrong.\nDamage that covers the whole image does not show."
+    "image.\nRed: the score {worse}, so the model sees a loss of quality here. Blue: the score {better}. The model can "
+    "be wrong.\nDamage that covers the whole image does not show."
 )
 
 
@@ -45,9 +45,19 @@ class Maps:
         check_folder(self._out.parent if is_picture else self._out)
 
     def write(
-        self, model: Any, image: Tensor, source: str, *, name: str, batch_size: int, progress: bool
+        self,
+        model: Any,
+        image: Tensor,
+        source: str,
+        *,
+        name: str,
+        batch_size: int,
+        progress: bool,
+        lower_is_better: bool = False,
     ) -> Path:
         """Write the map of an image, and return its path.
+
+        If `lower_is_better` is true, the map shows where the score falls, because there quality is lost.
 
         Raises:
             ValueError: The map would replace the image itself, or a score is not finite.
@@ -58,8 +68,17 @@ class Maps:
             raise ValueError(f"--map {path}: is the image itself; expected another name")
         found = quality_map(model, image, batch_size=batch_size, progress=runs.bars(progress))
         pixels = image.permute(1, 2, 0).numpy()
-        caption = CAPTION.format(windows=found.windows, parts=found.parts)
-        draw_map(path, pixels, found.change, score=found.score, caption=caption, model=name)
+        worse, better = ("falls", "rises") if lower_is_better else ("rises", "falls")
+        caption = CAPTION.format(windows=found.windows, parts=found.parts, worse=worse, better=better)
+        draw_map(
+            path,
+            pixels,
+            found.change,
+            score=found.score,
+            caption=caption,
+            model=name,
+            lower_is_better=lower_is_better,
+        )
         return path
 
     def _path(self, source: str) -> Path:

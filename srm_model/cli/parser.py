@@ -481,6 +481,17 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     add_device(parser)
     add_model(parser)
+    for option in ("--images", "--labels"):
+        add(option, action=_NotForScore, nargs="?", help=argparse.SUPPRESS)
+
+
+class _NotForScore(argparse.Action):
+    """An option of `attack` and `audit` that users may expect of `score`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        parser.error(
+            f"{given[-1]} goes with attack and audit; score takes images as arguments, and folders with --recursive"
+        )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

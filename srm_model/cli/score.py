@@ -27,6 +27,7 @@ from srm_model.data import load_image, load_whole
 from srm_model.data.lists import decode
 from srm_model.data.photographs import SUFFIXES
 from srm_model.external import open_model
+from srm_model.reports.text import count
 
 
 class _Source(NamedTuple):
@@ -37,18 +38,55 @@ class _Source(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """The score of a file. If the file has no score, `score` is None and `fault` is the reason."""
+    """The score of a file. If the file has no score, `score` is None and `fault` is the reason.
+
+    If the model failed on the image, `error` is the model's error: `fault` without the path.
+    """
 
     path: str
     score: float | None
     fault: str | None
     image: Tensor | None = None
+    error: str | None = None
+
+
+class _Faults:
+    """Report faults on stderr, and an error that the model raises for every image only once.
+
+    Until the first image is scored, faults that repeat the first error of the model are held back. They are reported as
+    soon as an image is scored. If no image is scored, only their number is reported.
+    """
+
+    def __init__(self) -> None:
+        self._error: str | None = None
+        self._held: list[str] = []
+        self._scored = False
+
+    def add(self, result: _Result) -> None:
+        if result.score is not None:
+            self._scored = True
+            for fault in self._held:
+                self._say(fault)
+            self._held.clear()
+        elif result.error is not None and result.error == self._error and not self._scored:
+            self._held.append(str(result.fault))
+        else:
+            self._error = self._error or result.error
+            self._say(str(result.fault))
+
+    def close(self) -> None:
+        if self._held:
+            self._say(f"the model fails with the same error on {count(len(self._held), 'more image')}")
+
+    def _say(self, text: str) -> None:
+        runs.say(f"srm-iqa score: {sentence(text)}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per scored file; return 2 if a file could not be scored or a map could not be written, else 0."""
     check_model_options(args)
     names = list(args.images)
+    lower, faults = False, _Faults()
     chosen: Path | None = None
     first = args.checkpoint
     if first is not None and runs.has_checkpoint(first):
@@ -68,30 +106,35 @@ def run(args: argparse.Namespace) -> int:
         folder = shipped() if chosen is None else chosen
         model, card = runs.open_checkpoint(folder, device, args.backend)
         size, config = model.config.image_size, model.config
-        whole = at_full_resolution(card)
-        model = CropMean(model, size) if whole else model
+        load = load_image
+        if at_full_resolution(card):
+            model, load = CropMean(model, size), load_whole
         named = _model_name(folder)
         origin = "that comes with the package" if chosen is None else f"in {folder}"
         trained = "" if "epoch" in card else ", which is not trained"
         about = f"scoring with the checkpoint {named} {origin}{trained}"
     else:
-        model, size = open_model(args.model, interface_of(args, lower_is_better=False)).to(device), args.size
-        whole, named = False, args.model
+        opened = open_model(args.model, interface_of(args, lower_is_better=False)).to(device)
+        model, size = opened, args.size
+        lower = opened.lower_better if args.lower_is_better is None else args.lower_is_better
+        load, named = load_image, args.model
         about = f"scoring with the model {named}"
     failed = False
     with runs.running() as ran:
         for number, batch in enumerate(_batches(_sources(names, recursive=args.recursive), args.batch_size)):
-            results = _scored(model, load_whole if whole else load_image, size, device, batch)
+            results = _scored(model, load, size, device, batch)
             if number == 0:
                 runs.say(about)  # after the first batch, which shows that the model can run
             for result in results:
                 failed |= result.fault is not None
-                drawn = None if maps is None else _draw(maps, model, result, named, args)
+                drawn = None if maps is None else _draw(maps, model, result, named, args, lower=lower)
                 failed |= maps is not None and result.fault is None and drawn is None
+                faults.add(result)
                 _print(result, named, drawn, args)
                 if maps is not None:
                     sys.stdout.flush()  # a map takes seconds
             sys.stdout.flush()
+    faults.close()
     if args.model is None:
         runs.say_kernels(config, device, ran)
     return 2 if failed else 0
@@ -196,7 +239,7 @@ def _scored(
         if not isinstance(image, Tensor):
             found.append(_Result(path, None, image))
         elif isinstance(score, str):
-            found.append(_Result(path, None, f"{path}: {score}"))
+            found.append(_Result(path, None, f"{path}: {score}", error=score))
         elif math.isfinite(score):
             found.append(_Result(path, score, None, image))
         else:
@@ -226,7 +269,9 @@ def _load(load: Callable[[str, int], Tensor], path: str, image_size: int) -> Ten
         return sentence(str(error))
 
 
-def _draw(maps: Maps, model: Any, result: _Result, named: str, args: argparse.Namespace) -> str | None:
+def _draw(
+    maps: Maps, model: Any, result: _Result, named: str, args: argparse.Namespace, *, lower: bool
+) -> str | None:
     """Write the map of a scored image and return the path of the map.
 
     If the file has no score, return None. If the map cannot be written, report the reason and return None.
@@ -242,6 +287,7 @@ def _draw(maps: Maps, model: Any, result: _Result, named: str, args: argparse.Na
                 name=named,
                 batch_size=args.batch_size,
                 progress=not args.no_progress,
+                lower_is_better=lower,
             )
         )
     except (OSError, ValueError) as error:
@@ -250,9 +296,7 @@ def _draw(maps: Maps, model: Any, result: _Result, named: str, args: argparse.Na
 
 
 def _print(result: _Result, model: str, drawn: str | None, args: argparse.Namespace) -> None:
-    path, score, fault, _ = result
-    if fault is not None:
-        runs.say(f"srm-iqa score: {sentence(fault)}")
+    path, score, fault, *_ = result
     if args.json:
         row = {"path": _as_json(path), "score": score, "model": model}
         row |= {} if drawn is None else {"map": _as_json(drawn)}

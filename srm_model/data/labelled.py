@@ -37,11 +37,17 @@ def labelled_images(
         progress: Whether to show a progress bar while images are checked.
 
     Raises:
-        ValueError: The table does not exist or has no header; the image column or the score column is not found or is
-            ambiguous; the image of a row is missing, ambiguous, listed twice or not readable; a score is not a finite
-            number or is outside `label_range`; or all scores are equal and `label_range` is None.
+        ValueError: `label_range` is not two finite numbers in ascending order; the table does not exist or has no
+            header; the image column or the score column is not found or is ambiguous; the image of a row is missing,
+            ambiguous, listed twice or not readable; a score is not a finite number or is outside `label_range`; or all
+            scores are equal and `label_range` is None.
     """
     folder, table = Path(folder), Path(table)
+    if label_range is not None and not -np.inf < label_range[0] < label_range[1] < np.inf:
+        low, high = label_range
+        raise ValueError(
+            f"--label-range {low:g} {high:g}: expected the worst score, then the best score, which is the higher number"
+        )
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected a folder of images")
     if not table.is_file():

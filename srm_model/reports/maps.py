@@ -22,6 +22,7 @@ def draw_map(
     score: float,
     caption: str,
     model: str,
+    lower_is_better: bool = False,
 ) -> None:
     """Write the picture of a quality map as PNG. Calls that differ only in `path` write identical files.
 
@@ -33,6 +34,7 @@ def draw_map(
         score: Score of the image.
         caption: Text that says how the map was computed.
         model: Name of the model.
+        lower_is_better: Whether low scores mean high quality. The colours are then reversed.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -45,7 +47,9 @@ def draw_map(
         left.imshow(image, vmin=0, vmax=1)
         left.set_title(f"score {fixed(score, 4)}")
         right.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
-        shown = right.imshow(change, cmap="RdBu_r", vmin=-end, vmax=end, alpha=0.6)
+        shown = right.imshow(
+            change, cmap="RdBu" if lower_is_better else "RdBu_r", vmin=-end, vmax=end, alpha=0.6
+        )
         right.set_title("where the model sees a loss of quality (red)")
         figure.colorbar(shown, ax=right, label="change of score if the window is replaced", shrink=0.85)
         for axes in (left, right):

@@ -289,3 +289,10 @@ def test_a_damaged_or_missing_shipped_checkpoint_is_one_sentence(
             ValueError, match=f"shipped has no {name}, .* make one with python -m bench.checkpoint"
         ):
             load_model()
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"absent: no such folder; expected the folder of a checkpoint, with model"
+    ):
+        load_model(tmp_path / "absent")

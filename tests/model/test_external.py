@@ -376,17 +376,135 @@ def test_scores_are_the_models_own(images: Path, capsys: pytest.CaptureFixture[s
         ("theirs:FullReference", "compares with a reference image"),
         ("absent.pt2", "no such file"),
         ("theirs.py.pt2", "not an exported program"),
+        (
+            "pickled.pt2",
+            "has pickled objects, as torch.save and torch.jit.save write them; expected a file that",
+        ),
+        ("empty.pt2", "not loadable as an exported program"),
+        ("./theirs:made", "./theirs is a path; expected a module"),
+        ("theirs.py:made", "such as theirs:made"),
     ],
 )
 def test_what_is_no_model_is_one_sentence(
     model: str, words: str, images: Path, capsys: pytest.CaptureFixture[str]
 ):
     Path("theirs.py.pt2").write_text("no archive")
+    torch.save(nn.Linear(2, 1), "pickled.pt2")
+    with zipfile.ZipFile("empty.pt2", "w") as archive:
+        archive.writestr("empty/other", "")
     assert main(command("attack", model, images)) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+    assert "\nW" not in error
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--limit", "1"], "--limit 1: expected at least 2, because a correlation needs two images"),
+        (
+            ["--label-range", "9", "0"],
+            "--label-range 9 0: expected the worst score, then the best score, which is",
+        ),
+        (["--label-range", "0", "nan"], "--label-range 0 nan: expected the worst score"),
+        (["--out", "/proc"], "/proc: not writable ("),
+        (["--out", "/proc/absent"], "/proc/absent: not writable ("),
+    ],
+)
+def test_options_that_cannot_work_are_one_sentence(
+    options: list[str], words: str, images: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("attack", "audit"):
+        assert main(command(name, "theirs:made", images, *options)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"srm-iqa {name}: {words}")
+        assert error.count("\n") == 1
+
+
+def test_a_table_with_one_image_is_refused(images: Path, capsys: pytest.CaptureFixture[str]):
+    table = Path("one.csv")
+    table.write_text("file,opinion\n3.png,2\n")
+    given = command("attack", "theirs:made", images, "--label-range", "0", "9", "--labels", "one.csv")
+    assert main(given) == 2
+    assert "one.csv: lists one image; expected at least two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["attack", "audit"])
+def test_nearly_equal_scores_point_to_the_option_for_0_to_255(
+    name: str, images: Path, capsys: pytest.CaptureFixture[str]
+):
+    """`Rounding` works on whole numbers, as models for pixels from 0 to 255 do."""
+    rounding = "return 50 + 1e-4 * super().forward(x) + super().forward((x - 2).relu())"
+    body = f"    def forward(self, x):\n        {rounding}\n"
+    flat = "class Flat(Rounding):\n    def forward(self, x):\n        return x.sum((1, 2, 3)) * 0 + 1\n"
+    Path("theirs.py").write_text(f"{MODULE}\n\nclass Rounding(Sharpness):\n{body}\n\n{flat}")
+    hint = "; if the model takes pixels from 0 to 255, add --peak 255\n"
+    main(command(name, "theirs:Rounding", images, "--lower-is-better"))
+    error = capsys.readouterr().err
+    assert "theirs:Rounding: the scores of all 8 images are nearly equal (50 to 50)" in error
+    assert hint in error
+    main(command(name, "theirs:Rounding", images, "--lower-is-better", "--peak", "255", "--out", "other"))
+    assert "nearly equal" not in capsys.readouterr().err
+    assert main(command(name, "theirs:Flat", images, "--out", "third")) == 2
+    error = capsys.readouterr().err
+    assert error == f"srm-iqa {name}: theirs:Flat: the scores of all 8 images are equal (1 to 1){hint}"
+
+
+def test_an_error_of_every_image_is_reported_once(images: Path, capsys: pytest.CaptureFixture[str]):
+    files = [str(images / f"{number}.png") for number in range(5)]
+    for size in ("2", "8"):
+        assert main(["score", "--model", "theirs:Channels", "--json", "--batch-size", size, *files]) == 2
+        out, err = capsys.readouterr()
+        assert [json.loads(line)["path"] for line in out.splitlines()] == files
+        assert all("of shape (1, 3) for 1 images" in json.loads(line)["error"] for line in out.splitlines())
+        assert err.count("of shape (1, 3) for 1 images") == 1
+        assert f"srm-iqa score: {files[0]}: the model returned" in err
+        assert err.endswith("srm-iqa score: the model fails with the same error on 4 more images\n")
+
+
+def test_images_that_fail_before_the_first_score_are_all_named(
+    images: Path, capsys: pytest.CaptureFixture[str]
+):
+    """`Picky` fails on image 0 and not on image 5."""
+    copies = [f"{number}.png" for number in range(3)]
+    for copy in copies:
+        Path(copy).write_bytes((images / "0.png").read_bytes())
+    given = ["score", "--model", "theirs:Picky", "--size", str(SIZE), "--batch-size", "2"]
+    assert main([*given, *copies, str(images / "5.png"), copies[0]]) == 2
+    err = capsys.readouterr().err
+    assert [err.count(f"{copy}: the model fails") for copy in copies] == [2, 1, 1]
+    assert "more image" not in err
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "lower"),
+    [
+        ("theirs:Sharpness", [], False),
+        ("theirs:Sharpness", ["--lower-is-better"], True),
+        ("theirs:Blur", [], True),
+    ],
+)
+def test_a_map_shows_the_loss_of_quality_also_if_lower_is_better(
+    model: str, options: list[str], lower: bool, images: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr("srm_model.cli.maps.draw_map", lambda *_, **about: drawn.append(about))
+    given = ["score", "--model", model, "--size", str(SIZE), "--no-progress", "--map", "map.png", *options]
+    assert main([*given, str(images / "3.png")]) == 0
+    assert drawn[0]["lower_is_better"] is lower
+    worse = "falls" if lower else "rises"
+    assert f"Red: the score {worse}, so quality is lost here." in drawn[0]["caption"]
+    own = open_model(model, Interface(lower_is_better=False))(load_image(images / "3.png", SIZE)[None])
+    assert drawn[0]["score"] == pytest.approx(float(own))
+
+
+@pytest.mark.parametrize("option", ["--images", "--labels"])
+def test_score_says_that_images_are_arguments(option: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["score", "--model", "theirs:made", option, "photos"]) == 2
+    expected = "score takes images as arguments, and folders with --recursive"
+    assert f"{option} goes with attack and audit; {expected}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -400,6 +518,8 @@ def test_what_is_no_model_is_one_sentence(
         (["attack", "run", "--labels", "l"], "--labels goes with --model"),
         (["attack", "run", "--images", "folder"], "expected a number"),
         (["audit", "run", "--lower-is-better"], "--lower-is-better goes with"),
+        (["score", "x.png", "--lower-is-better"], "--lower-is-better goes with"),
+        (["attack", "run", "--images", "1"], "--images 1: expected at least 2"),
         (["audit", "--model", "theirs:made", "--data", "d"], "--data goes with a checkpoint"),
         (["score"], "no image was given; expected IMAGE or --files-from FILE"),
         (["score", "--model", "theirs:made"], "no image was given"),
@@ -455,6 +575,9 @@ def test_an_exported_program_is_attacked_and_audited(
     image = load_image(images / "3.png", SIZE)
     model = open_model(str(program))
     assert torch.allclose(model(image[None]), Weighted()(image[None]))
+    capitals = program.rename(program.with_suffix(".PT2"))
+    assert torch.allclose(open_model(str(capitals))(image[None]), Weighted()(image[None]))
+    capitals.rename(program)
     assert differentiable(model, image)
     found = attacked(str(program), images, "--lower-is-better")
     assert found["worst"]["srocc"] < found["clean"]["srocc"] == pytest.approx(1)

@@ -148,6 +148,19 @@ def test_changes_far_below_the_score_have_no_strong_colour(tmp_path: Path):
     assert redness[1] < 15
 
 
+def test_red_marks_lost_quality_also_if_low_scores_are_good(tmp_path: Path):
+    """A falling score is red if low scores mean high quality, and blue otherwise."""
+    grey, change = np.full((SIDE, SIDE, 3), 0.5), np.full((SIDE, SIDE), -0.1)
+    reddest = []
+    for lower in (True, False):
+        about = {"score": 0.25, "caption": "", "model": "toy", "lower_is_better": lower}
+        draw_map(tmp_path / "map.png", grey, change, **about)
+        pixels = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
+        shown = (pixels[..., 0] - pixels[..., 2])[:, pixels.shape[1] // 2 : pixels.shape[1] * 3 // 4]
+        reddest.append(shown[len(shown) // 2].mean())
+    assert reddest[0] > 20 > -20 > reddest[1]
+
+
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     image, _ = damaged(True)

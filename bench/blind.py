@@ -313,8 +313,8 @@ def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:
     return bench, [*subjects, *metrics()]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+def command() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     made = parser("blind", __doc__)
     add = made.add_argument
     add("--data", required=True, metavar="DIR", help="folder of a dataset, as for srm-iqa train")
@@ -359,6 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="keep the rows of FILE that have no error, and compute the others",
     )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    made = command()
     options = made.parse_args(arguments)
     if device_from(options.device).type == "cpu":
         runs.keep_memory()

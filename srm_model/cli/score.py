@@ -22,12 +22,25 @@ from srm_model.cli.maps import Maps
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
 from srm_model.cli.tables import print_json
+from srm_model.config import SRMConfig
 from srm_model.crops import CropMean, at_full_resolution
 from srm_model.data import load_image, load_whole
 from srm_model.data.lists import decode
 from srm_model.data.photographs import SUFFIXES
 from srm_model.external import open_model
 from srm_model.reports.text import count
+
+
+class _Scorer(NamedTuple):
+    """A model, the function that reads an image file for it, and the function's second argument, the image size."""
+
+    model: Any
+    load: Callable[[str, int], Tensor]
+    size: int
+    name: str
+    about: str  # for stderr
+    lower_is_better: bool = False
+    config: SRMConfig | None = None  # of a checkpoint
 
 
 class _Source(NamedTuple):
@@ -86,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per scored file; return 2 if a file could not be scored or a map could not be written, else 0."""
     check_model_options(args)
     names = list(args.images)
-    lower, faults = False, _Faults()
+    faults = _Faults()
     chosen: Path | None = None
     first = args.checkpoint
     if first is not None and runs.has_checkpoint(first):
@@ -102,42 +115,48 @@ def run(args: argparse.Namespace) -> int:
     maps = None if args.map is None else Maps(args.map, names, more=args.files_from is not None)
     names += [] if args.files_from is None else _listed(args.files_from, null=args.null)
     device = device_from(args.device)
-    if args.model is None:
-        folder = shipped() if chosen is None else chosen
-        model, card = runs.open_checkpoint(folder, device, args.backend)
-        size, config = model.config.image_size, model.config
-        load = load_image
-        if at_full_resolution(card):
-            model, load = CropMean(model, size), load_whole
-        named = _model_name(folder)
-        origin = "that comes with the package" if chosen is None else f"in {folder}"
-        trained = "" if "epoch" in card else ", which is not trained"
-        about = f"scoring with the checkpoint {named} {origin}{trained}"
-    else:
-        opened = open_model(args.model, interface_of(args, lower_is_better=False)).to(device)
-        model, size = opened, args.size
-        lower = opened.lower_better if args.lower_is_better is None else args.lower_is_better
-        load, named = load_image, args.model
-        about = f"scoring with the model {named}"
+    scorer = _checkpoint(chosen, device, args.backend) if args.model is None else _other_model(args, device)
     failed = False
     with runs.running() as ran:
         for number, batch in enumerate(_batches(_sources(names, recursive=args.recursive), args.batch_size)):
-            results = _scored(model, load, size, device, batch)
+            results = _scored(scorer, device, batch)
             if number == 0:
-                runs.say(about)  # after the first batch, which shows that the model can run
+                runs.say(scorer.about)  # after the first batch, which shows that the model can run
             for result in results:
                 failed |= result.fault is not None
-                drawn = None if maps is None else _draw(maps, model, result, named, args, lower=lower)
+                drawn = None if maps is None else _draw(maps, scorer, result, args)
                 failed |= maps is not None and result.fault is None and drawn is None
                 faults.add(result)
-                _print(result, named, drawn, args)
+                _print(result, scorer.name, drawn, args)
                 if maps is not None:
                     sys.stdout.flush()  # a map takes seconds
             sys.stdout.flush()
     faults.close()
-    if args.model is None:
-        runs.say_kernels(config, device, ran)
+    if scorer.config is not None:
+        runs.say_kernels(scorer.config, device, ran)
     return 2 if failed else 0
+
+
+def _checkpoint(chosen: Path | None, device: torch.device, backend: str | None) -> _Scorer:
+    """Open a checkpoint, or the checkpoint of the package if `chosen` is None."""
+    folder = shipped() if chosen is None else chosen
+    model, card = runs.open_checkpoint(folder, device, backend)
+    name, config = _model_name(folder), model.config
+    origin = "that comes with the package" if chosen is None else f"in {folder}"
+    trained = "" if "epoch" in card else ", which is not trained"
+    about = f"scoring with the checkpoint {name} {origin}{trained}"
+    size = config.image_size
+    if at_full_resolution(card):
+        return _Scorer(CropMean(model, size), load_whole, size, name, about, config=config)
+    return _Scorer(model, load_image, size, name, about, config=config)
+
+
+def _other_model(args: argparse.Namespace, device: torch.device) -> _Scorer:
+    """Open the model of `--model`."""
+    model = open_model(args.model, interface_of(args, lower_is_better=False)).to(device)
+    lower = model.lower_better if args.lower_is_better is None else args.lower_is_better
+    about = f"scoring with the model {args.model}"
+    return _Scorer(model, load_image, args.size, args.model, about, lower_is_better=lower)
 
 
 def _check_first(name: str, *, recursive: bool) -> None:
@@ -222,17 +241,11 @@ def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
         yield batch
 
 
-def _scored(
-    model: Any,
-    load: Callable[[str, int], Tensor],
-    size: int,
-    device: torch.device,
-    batch: list[_Source],
-) -> list[_Result]:
-    """Score the images of a batch. `load` reads an image for a model with the image size `size`."""
-    loaded = [source.fault or _load(load, source.path, size) for source in batch]
+def _scored(scorer: _Scorer, device: torch.device, batch: list[_Source]) -> list[_Result]:
+    """Score the images of a batch."""
+    loaded = [source.fault or _load(scorer, source.path) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
-    scores = _scores(model, device, images)
+    scores = _scores(scorer.model, device, images)
     found = []
     for (path, _), image in zip(batch, loaded, strict=True):
         score = scores.pop(0) if isinstance(image, Tensor) else image
@@ -262,16 +275,14 @@ def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]
         return [score for image in images for score in _scores(model, device, [image])]
 
 
-def _load(load: Callable[[str, int], Tensor], path: str, image_size: int) -> Tensor | str:
+def _load(scorer: _Scorer, path: str) -> Tensor | str:
     try:
-        return load(path, image_size)
+        return scorer.load(path, scorer.size)
     except ValueError as error:
         return sentence(str(error))
 
 
-def _draw(
-    maps: Maps, model: Any, result: _Result, named: str, args: argparse.Namespace, *, lower: bool
-) -> str | None:
+def _draw(maps: Maps, scorer: _Scorer, result: _Result, args: argparse.Namespace) -> str | None:
     """Write the map of a scored image and return the path of the map.
 
     If the file has no score, return None. If the map cannot be written, report the reason and return None.
@@ -281,13 +292,13 @@ def _draw(
     try:
         return str(
             maps.write(
-                model,
+                scorer.model,
                 result.image,
                 result.path,
-                name=named,
+                name=scorer.name,
                 batch_size=args.batch_size,
                 progress=not args.no_progress,
-                lower_is_better=lower,
+                lower_is_better=scorer.lower_is_better,
             )
         )
     except (OSError, ValueError) as error:

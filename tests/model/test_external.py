@@ -495,7 +495,7 @@ def test_a_map_shows_the_loss_of_quality_also_if_lower_is_better(
     assert main([*given, str(images / "3.png")]) == 0
     assert drawn[0]["lower_is_better"] is lower
     worse = "falls" if lower else "rises"
-    assert f"Red: the score {worse}, so quality is lost here." in drawn[0]["caption"]
+    assert f"Red: the score {worse}, so the model sees a loss of quality here." in drawn[0]["caption"]
     own = open_model(model, Interface(lower_is_better=False))(load_image(images / "3.png", SIZE)[None])
     assert drawn[0]["score"] == pytest.approx(float(own))
 

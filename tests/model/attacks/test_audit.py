@@ -251,6 +251,33 @@ def test_a_search_that_does_not_move_the_scores_is_not_a_pass():
     assert "unbounded" in found.failed
 
 
+class Plateau(Honest):
+    """A metric that is constant on images with strong contrast, as BRISQUE. With `fails`, it raises an error there."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def forward(self, images: Tensor) -> Tensor:
+        strong = images.std((1, 2, 3)) > 0.3
+        if self.fails and strong.any():
+            raise ValueError("the contrast is too strong")
+        return torch.where(strong, 0.0, self.raw(images)).detach()
+
+
+def test_a_plateau_or_an_error_at_an_unbounded_budget_is_not_a_failure_of_the_model():
+    (equal,) = (
+        c for c in run(Plateau(False), config=QUICK, expect_gradient=False).checks if c.name == "unbounded"
+    )
+    assert equal.passed
+    assert "all scores are equal with any image allowed, by 10 queries" in equal.figure
+    (failed,) = (
+        c for c in run(Plateau(True), config=QUICK, expect_gradient=False).checks if c.name == "unbounded"
+    )
+    assert failed.passed is None
+    assert failed.figure == "not checked: with any image allowed, the contrast is too strong"
+
+
 def test_a_gradient_is_checked_even_if_none_is_expected():
     assert run(Honest(), expect_gradient=False).to_dict() == run(Honest()).to_dict()
     assert "gradients" in run(Quantising(), expect_gradient=False).failed

@@ -198,7 +198,10 @@ def test_the_stand_in_for_piq_has_the_signature_of_piq():
 
 
 def test_the_gradient_of_brisque_of_piq_is_zero(monkeypatch: pytest.MonkeyPatch):
-    """The page recommends `--suite queries` for this reason. The sum of the features replaces the downloaded weights."""
+    """The page recommends `--suite queries` for this reason.
+
+    The sum of the features replaces the downloaded weights.
+    """
     piq = import_piq()
     monkeypatch.setattr(
         sys.modules["piq.brisque"], "_score_svr", lambda features: features.sum(1, keepdim=True)

@@ -1,11 +1,11 @@
 """Compare checkpoints with BRISQUE, NIQE and PIQE on a dataset: `python -m bench.blind --data DIR --checkpoint CKPT`.
 
 All models score the same images: the test split of the dataset, at the image size of the checkpoints or at a larger
-`--size`. A checkpoint then scores an image as `srm-iqa score` does, by the mean over crops. Each model is
-then attacked by `square_mse`, a square attack. The attack needs only scores, no gradients. It uses the same batches and
-random numbers for all models. Before the attack, a linear map is applied to the scores of each model. The map is fitted
-on the validation split: there, the mapped scores have the same mean and standard deviation as the labels. PLCC is
-computed after a logistic map, which is also fitted on the validation split.
+`--size`. With a larger size, a checkpoint scores an image as `srm-iqa score` does, by the mean over crops. Each model
+is then attacked by `square_mse`, a square attack. The attack needs only scores, no gradients. It uses the same batches
+and random numbers for all models. Before the attack, a linear map is applied to the scores of each model. The map is
+fitted on the validation split: there, the mapped scores have the same mean and standard deviation as the labels. PLCC
+is computed after a logistic map, which is also fitted on the validation split.
 
 A row of the output file has the clean scores of one model, or the result of an attack on one batch. A metric (BRISQUE,
 NIQE or PIQE) is left out if a package that it needs is missing. `bench/README.md` lists the packages.
@@ -91,8 +91,8 @@ def checkpoints(folders: Sequence[str], device: str, size: int) -> list[Subject]
     """Open the checkpoints in some folders, for images of `size`×`size` pixels.
 
     Raises:
-        ValueError: The size is not the image size of a checkpoint, and it is smaller, or images were resized in the
-            training of the checkpoint.
+        ValueError: The size is below the image size of a checkpoint; or it is above, and training images of the
+            checkpoint may have been resized.
     """
     found = []
     for folder in folders:

@@ -231,7 +231,8 @@ def types(folder: Path) -> str:
     header = ["type", "distortion", "VSI", "FSIM", "SSIM", "level alone", "checkpoint"]
     (digest,) = {row["checkpoint"] for row in scored.values()}
     if hardly:
-        seen = [f"It hardly sees these types (SROCC below {HARDLY_SEEN}):", "", *hardly]
+        types = "this type" if len(hardly) == 1 else "these types"
+        seen = [f"It hardly sees {types} (SROCC below {HARDLY_SEEN}):", "", *hardly]
     else:
         seen = [f"Its SROCC is at least {HARDLY_SEEN} for each type."]
     about = f"The SHA-256 of the checkpoint's weights begins with {digest[:12]}."

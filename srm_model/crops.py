@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class CropMean(nn.Module):
     """Return the mean score of evenly spaced square crops that cover the image.
 
-    A side of length L has ⌈L / S⌉ crops of side S. Neighbours overlap if L is no multiple of S.
+    A side of length L has ⌈L / S⌉ crops of side S. Neighbours overlap if L is not a multiple of S.
 
     Args:
         model: Model from images (B, 3, S, S) to scores (B,).

@@ -34,7 +34,7 @@ SLOW = {
     "docs/DATASETS.md": 1,
     "docs/GUIDE.md": 1,
     "CONTRIBUTING.md": 1,
-    "experiments/README.md": 2,
+    "experiments/README.md": 3,
     "experiments/robustness/README.md": 1,
     "docs/RECIPES.md": 6,
     "docs/TRAINING.md": 3,

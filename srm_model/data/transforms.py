@@ -34,10 +34,10 @@ def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tens
 def load_whole(path: str | Path, image_size: int) -> Tensor:
     """Load a whole image file for `srm_model.crops.CropMean`: (3, H, W) float32 in [0, 1].
 
-    If both sides fit, the image keeps its resolution. If the shorter side is less than `image_size`, the image is
-    enlarged until this side is `image_size`. If the longer side is more than `WHOLE` times `image_size`, the image is
-    shrunk until this side is `WHOLE` times `image_size`, or until the shorter side is `image_size`. A longer side that
-    is still too long is cropped around its centre.
+    An image whose sides are from `image_size` to `WHOLE` times `image_size` keeps its resolution. If the shorter side
+    is less than `image_size`, the image is enlarged until this side is `image_size`. If the longer side is more than
+    `WHOLE` times `image_size`, the image is shrunk until this side is `WHOLE` times `image_size`, or until the shorter
+    side is `image_size`. A longer side that is still too long is cropped around its centre.
 
     Args:
         path: Path of the file.

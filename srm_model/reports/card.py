@@ -90,15 +90,15 @@ def model_card(
     document = read_card(folder)
     card, digest = document["card"], document["sha256"]
     dataset, validation = card.get("dataset") or {}, card.get("val") or {}
-    side = document["config"].get("image_size")
+    side, epoch = document["config"].get("image_size"), card.get("epoch")
     lines = [
         f"# {document['backbone']} with the neck `{document['neck']}`",
         "",
         f"A no-reference image quality model. Input: pixels in [0, 1], {side}×{side}. Output: one score per image",
-        "(normalised quality, about 0 to 1, higher is better).",
+        "(on the scale of labels from 0 to 1, higher is better).",
         "",
         f"- dataset: {dataset.get('name', 'unknown')}{_split(dataset)}",
-        f"- weights: after epoch {card.get('epoch', 'unknown')}",
+        f"- weights: {f'epoch {epoch}, the best on the validation images' if epoch else 'unknown'}",
         *_labels(dataset),
         f"- validation: SROCC {cell(validation.get('srocc'))}, PLCC {cell(validation.get('plcc'))}",
         *(f"- {note}" for note in notes),
@@ -225,7 +225,9 @@ def _verdict(folder: Path, digest: str) -> str:
     asked = sum(check["passed"] is not None for check in found["checks"])
     if failed:
         return f"**Failed**: {len(failed)} of {asked} checks ({', '.join(failed)}). Do not trust its robust figures."
-    return f"Passed: none of {asked} checks found masked gradients."
+    open_ = [check["title"] for check in found["checks"] if check["passed"] is None]
+    left = f" Not run: {', '.join(open_)}." if open_ else ""
+    return f"Passed at {_budget(found)}: none of {asked} checks found masked gradients.{left}"
 
 
 def _limits(dataset: Mapping[str, Any], results: Sequence[Result]) -> list[str]:

@@ -230,9 +230,9 @@ def test_the_pages_have_the_measured_results():
     )
     assert f"| `srm` (checkpoint of the package) | {_cell(found['srm', 'none'])} | {before} |" in page
     for sentence in (
-        f"| SROCC of the checkpoint, not attacked | {found['srm', 'none']['srocc']:.2f} | all 525 test images |",
-        f"| SROCC of the checkpoint, not attacked | {float(before):.2f} | 96 of the test images",
-        f"1/255 | {worst['srocc']:.2f} | the same 96 test images; 95 % interval {low:.2f} to {high:.2f}. "
+        f"| SROCC of the checkpoint, not attacked | {found['srm', 'none']['srocc']:.2f} | all 525 test images; "
+        f"{float(before):.2f} on the 96 images of the next row |",
+        f"1/255 | {worst['srocc']:.2f} | 96 of the test images, evenly spaced; 95 % interval {low:.2f} to {high:.2f}. "
         f"For a budget of 2/255 it is {found['srm', 'linf 2/255']['srocc']:.2f} |",
         f"The checkpoint has {found['srm', 'none']['srocc']:.2f}, ",
     ):

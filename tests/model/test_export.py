@@ -78,13 +78,14 @@ def test_the_card_tells_what_was_measured_of_these_weights_and_nothing_else(tmp_
     write_json(folder / "attacks" / "a.json", {**attacked, "settings": {"checkpoint": digest}})
     write_json(folder / "attacks" / "b.json", {**attacked, "eps": 0.1, "settings": {"checkpoint": "other"}})
     checks = [{"title": title, "passed": passed} for title, passed in (("a", True), ("b", None), ("c", True))]
-    write_json(folder / "audit.json", {"checks": checks, "sha256": digest})
+    audited = {"norm": "linf", "eps": 4 / 255, "checks": checks, "sha256": digest}
+    write_json(folder / "audit.json", audited)
     text = exported()
     assert "| linf 4/255 | 48 | -0.300 | undefined | pgd_mse |" in text
     assert "may overstate" not in text
     assert text.count("| linf ") == 1
     assert "The model has not been attacked" not in text
-    assert "Passed: none of 2 checks" in text
+    assert "Passed at linf 4/255: none of 2 checks found masked gradients. Not run: b." in text
     entry = {"zero_gradients": 0.5, "nonfinite_gradients": None}
     write_json(
         folder / "attacks" / "a.json",

@@ -151,3 +151,27 @@ METRICS = (
     Metric("NIQE", ("basicsr-fixed",), _niqe),
     Metric("PIQE", ("pypiqe",), _piqe),
 )
+
+
+# Models for `srm-iqa audit --model bench.classical:NAME`.
+
+
+def brisque() -> nn.Module:
+    """Return BRISQUE of the package brisque."""
+    return Classical(_brisque())
+
+
+def niqe() -> nn.Module:
+    """Return NIQE of the package basicsr-fixed."""
+    return Classical(_niqe())
+
+
+def piqe() -> nn.Module:
+    """Return PIQE of the package pypiqe."""
+    return Classical(_piqe())
+
+
+def total_variation() -> nn.Module:
+    """Return `TVLoss` of the package piq. It is the only model here that has a gradient."""
+    model: nn.Module = import_piq().TVLoss(reduction="none")
+    return model

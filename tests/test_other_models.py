@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from srm_model.data.labels import import_piq
 from srm_model.external import ExternalModel, open_model
+from srm_model.files import read_json
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "OTHER_MODELS.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "OTHER_MODELS.md").read_text(encoding="utf-8")
 PLAIN, WITH_NECK, WRAPPED = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 (ADAPTERS,) = re.findall(r"```python slow\n(.*?)```", PAGE, flags=re.DOTALL)
 
@@ -198,7 +200,7 @@ def test_the_stand_in_for_piq_has_the_signature_of_piq():
 
 
 def test_the_gradient_of_brisque_of_piq_is_zero(monkeypatch: pytest.MonkeyPatch):
-    """The page recommends `--suite queries` for this reason.
+    """The page therefore recommends `--suite queries`.
 
     The sum of the features replaces the downloaded weights.
     """
@@ -209,3 +211,35 @@ def test_the_gradient_of_brisque_of_piq_is_zero(monkeypatch: pytest.MonkeyPatch)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(piq.brisque(images, reduction="none").sum(), images)
     assert not gradient.any()
+
+
+# Audits of models from other packages
+
+
+def test_the_page_states_the_recorded_audits():
+    rows = re.findall(r"^\| .* \| `(bench\.classical:\w+)` \| (.*) \|$", PAGE, flags=re.MULTILINE)
+    stated = {name: text.split(" | ") for name, text in rows}
+    found = {}
+    for path in (ROOT / "experiments" / "other-models").glob("*.json"):
+        record = read_json(path)
+        checks = {check["name"]: check for check in record["checks"]}
+        counts = [
+            sum(check["passed"] is verdict for check in checks.values()) for verdict in (True, False, None)
+        ]
+        found[record["model_name"]] = [
+            "yes" if record["has_gradient"] else "no",
+            *map(str, counts),
+            f"{checks['black_box']['data']['other']:.3f}",
+        ]
+        assert len(checks) == 10
+        assert (record["images"], record["queries"], round(255 * record["eps"])) == (8, 30, 4)
+    assert stated == found
+    assert len(found) == 4
+    assert "8 images of 256×256 pixels, L∞ 4/255 and 30 queries per image" in PAGE.replace("\n", " ")
+
+
+def test_one_score_for_the_whole_batch_is_refused():
+    images = torch.rand(3, 3, 8, 8)
+    assert ExternalModel(import_piq().TVLoss(reduction="none"))(images).shape == (3,)
+    with pytest.raises(ValueError, match=r"of shape \(\) for 3 images"):
+        ExternalModel(import_piq().TVLoss())(images)

@@ -35,6 +35,7 @@ SLOW = {
     "docs/GUIDE.md": 1,
     "CONTRIBUTING.md": 1,
     "experiments/README.md": 3,
+    "experiments/other-models/README.md": 1,
     "experiments/robustness/README.md": 1,
     "docs/RECIPES.md": 6,
     "docs/TRAINING.md": 3,

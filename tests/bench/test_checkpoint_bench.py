@@ -15,7 +15,7 @@ from PIL import Image
 import srm_model.checkpoint
 from bench import checkpoint
 from srm_model import SRMConfig, build_model, load_model
-from srm_model.checkpoint import save_model
+from srm_model.checkpoint import read_card, save_model
 from srm_model.files import read_json
 from srm_model.profiling.results import read
 
@@ -251,3 +251,21 @@ def test_the_shipped_checkpoint_has_the_recipe():
     own = model.config.to_dict()
     assert {key for key in own if own[key] != recipe[key]} <= {"eps_linf_tables"}  # only of attacks
     assert card["dataset"]["resized"] is False
+
+
+def test_the_page_has_the_results_of_stronger_attacks():
+    folder = checkpoint.RECIPE.parent
+    page = " ".join((folder / "README.md").read_text().split())
+    usual, extended, strong = read(folder / "checkpoint" / "results-stronger.jsonl")
+    digest = read_card(srm_model.checkpoint.SHIPPED)["sha256"]
+    settings = [
+        (row["settings"]["suite"], row["steps"], row["restarts"]) for row in (usual, extended, strong)
+    ]
+    assert settings == [("paper", 10, 1), ("extended", 10, 1), ("paper", 40, 5)]
+    assert {row["settings"]["checkpoint"] for row in (usual, extended, strong)} == {digest}
+    for sentence in (
+        f"On 24 of the test images, with an SROCC of {usual['clean']['srocc']:.3f} before the attack,",
+        f"is {usual['worst']['srocc']:.3f} with 10 steps and 1 restart, {strong['worst']['srocc']:.3f} with 40 steps",
+        f"and {extended['worst']['srocc']:.3f} with the attacks of `Suite.extended()`, 10 steps and 100 queries",
+    ):
+        assert sentence in page

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import read_card
@@ -675,6 +676,25 @@ def test_the_page_on_opinions_has_the_figures_of_its_rows():
                 found = [line for line in attacked if line["identity"]["eps"] == eps]
                 cells.append(over_seeds(found, "worst", "srocc") if found else "—")
             assert f"| {label} | {seed} | {' | '.join(cells)} |\n" in page
+    words = " ".join(page.split())
+    variants = {neck: variant for label, neck, variant in NECKS_COMPARED if "adversarial" in label}
+    worst = {
+        neck: np.array(
+            [
+                line["values"]["worst"]["srocc"]
+                for line in lines_of(records, "attack", neck, variant, ("linf", 1 / 255))
+            ]
+        )
+        for neck, variant in variants.items()
+    }
+    for other in ("none", "quadratic"):
+        difference = worst["srm"] - worst[other]
+        assert len(difference) == 3
+        first, second, third = difference
+        low, high = stats.t.interval(0.95, 2, difference.mean(), difference.std(ddof=1) / 3**0.5)
+        assert f"is {first:.2f}, {second:.2f} and {third:.2f} " in words
+        interval = f"its 95 % t interval is {low:.2f} to {high:.2f}:".replace("-", "−")
+        assert f"is {difference.mean():.2f}, and {interval}" in words
     for line in records.of("audit"):
         failed = ", ".join(line["values"]["failed"]) or "none"
         (check,) = (found for found in line["values"]["checks"] if found["name"] == "derivative")

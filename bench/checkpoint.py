@@ -49,6 +49,7 @@ PACKED = "packed.json"  # file with the hash of the weights that were packed
 # With --small, these values replace fields of the recipe. Such a run only shows that the steps work.
 SMALL: dict[str, Any] = {
     "image_size": 96,
+    "crop_size": None,
     "epochs": 1,
     "warmup_epochs": 0,
     "attack_steps": 3,

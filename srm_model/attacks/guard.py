@@ -155,7 +155,17 @@ def differentiable(model: nn.Module, image: Tensor) -> bool:
     """
     images = to_model(model, image[None])
     with as_found(model, images, seed=0):
-        return scores_of(model, images.clone().requires_grad_()).requires_grad
+        try:
+            return scores_of(model, images.clone().requires_grad_()).requires_grad
+        except ValueError as error:
+            if leaves_torch(error):
+                return False
+            raise
+
+
+def leaves_torch(error: ValueError) -> bool:
+    """Return whether a model fails because it converts images that require a gradient to NumPy without `detach`."""
+    return "Can't call numpy() on Tensor that requires grad" in str(error)
 
 
 def to_model(model: nn.Module, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from srm_model.attacks.guard import (
     check_images,
     check_model,
     gradient_of,
+    leaves_torch,
     scores_of,
     to_model,
 )
@@ -307,8 +308,13 @@ def like(images: Tensor, adversarial: Tensor) -> Tensor:
 
 def differentiable_scores(model: nn.Module, images: Tensor) -> Tensor:
     """Return scores (B,) of images that require a gradient; raise NoGradientError if the scores have no gradient."""
-    scores = scores_of(model, images)
-    if not scores.requires_grad:
+    try:
+        scores = scores_of(model, images)
+    except ValueError as error:
+        if not leaves_torch(error):
+            raise
+        scores = None
+    if scores is None or not scores.requires_grad:
         raise NoGradientError(
             "the model's scores have no gradient with respect to the images; expected a differentiable model for a "
             "gradient attack"

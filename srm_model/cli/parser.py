@@ -43,10 +43,11 @@ Measures every combination of the options and appends each result to DIR/<device
 run gets a line with the reason. Ctrl-C keeps the results so far."""
 _DESCRIPTION = "print the description of the dataset as one JSON object"
 _SCORE = """\
-Rotates each image according to its EXIF orientation, composites transparency on white, resizes the shorter side to the
-checkpoint's image size and scores the centre square. Prints one line per file: the score (normalised quality, about 0
-to 1, higher is better), a tab and the path, with line breaks in the path as \\n and \\r. Reports files that cannot be
-read or scored on stderr; the exit code is then 2."""
+Rotates each image according to its EXIF orientation and composites transparency on white. If no image was resized in
+the training of the checkpoint, the score is the mean over crops that cover the image; otherwise, the shorter side is
+resized to the checkpoint's image size and the centre square is scored. Prints one line per file: the score (normalised
+quality, about 0 to 1, higher is better), a tab and the path, with line breaks in the path as \\n and \\r. Reports files
+that cannot be read or scored on stderr; the exit code is then 2."""
 
 
 class _Help(argparse.HelpFormatter):

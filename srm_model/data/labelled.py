@@ -61,6 +61,8 @@ def labelled_images(
         if name.casefold() in on_disk:
             raise ValueError(f"{table}: the first line names the image {name}; expected a header")
     named = [name for name, texts in columns.items() if {text.casefold() for text in texts} <= on_disk]
+    if image_column is None and not named:
+        _check_missing(table, columns, folder, on_disk)
     what = f"names a file of {folder} in every row"
     image_column = _column(table, columns, image_column, named, what, "--image-column")
     scored = [name for name, texts in columns.items() if name != image_column and all(map(_is_number, texts))]
@@ -89,6 +91,14 @@ def labelled_images(
         train=False,
         cache=False,
     )
+
+
+def _check_missing(table: Path, columns: dict[str, list[str]], folder: Path, on_disk: set[str]) -> None:
+    """Raise ValueError if a column names some images of the folder, and others that are missing."""
+    for name, texts in columns.items():
+        missing = [text for text in texts if text.casefold() not in on_disk]
+        if len(missing) < len(texts):
+            raise ValueError(f"{table}, column {name}: {missing[0]} is not in {folder}")
 
 
 def _column(

@@ -245,6 +245,12 @@ def test_the_pages_have_the_measured_results():
     assert f"scores are between\n{float(lowest):.2f} and {float(highest):.2f}." in readme
 
 
+def test_the_miniature_accepts_the_recipe_of_the_package():
+    recipe = json.loads(checkpoint.RECIPE.read_text())
+    config = SRMConfig.from_dict(recipe | checkpoint.SMALL)
+    assert (config.image_size, config.crop_size) == (96, None)
+
+
 def test_the_shipped_checkpoint_has_the_recipe():
     recipe = SRMConfig.from_dict(json.loads(checkpoint.RECIPE.read_text())).to_dict()
     model, card = load_model()

@@ -54,6 +54,13 @@ class Counted(nn.Module):
         return torch.tensor([float(image.numpy().std()) for image in images.detach()])
 
 
+class Attached(nn.Module):
+    """No gradient: NumPy refuses images that require one."""
+
+    def forward(self, images):
+        return torch.tensor([float(image.numpy().std()) for image in images])
+
+
 class Bytes(Sharpness):
     def forward(self, images):
         assert images.max() > 2, "expected 0 to 255"
@@ -298,17 +305,19 @@ def test_images_are_normalised_as_asked(images: Path):
     attacked("theirs:Bytes", images, "--peak", "255")
 
 
+@pytest.mark.parametrize("model", ["theirs:Counted", "theirs:Attached"])
 def test_a_model_without_gradient_is_attacked_by_queries_alone(
-    images: Path, capsys: pytest.CaptureFixture[str]
+    model: str, images: Path, capsys: pytest.CaptureFixture[str]
 ):
-    found = attacked("theirs:Counted", images, "--lower-is-better")
+    found = attacked(model, images, "--lower-is-better")
     assert list(found["attacks"]) == ["square_mse", "square_raise", "square_lower"]
     assert found["worst"]["srocc"] <= found["clean"]["srocc"]
     assert "only query attacks are run" in capsys.readouterr().err
 
 
-def test_the_audit_says_what_it_could_not_ask(images: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(command("audit", "theirs:Counted", images, "--lower-is-better")) == 0
+@pytest.mark.parametrize("model", ["theirs:Counted", "theirs:Attached"])
+def test_the_audit_says_what_it_could_not_ask(model: str, images: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(command("audit", model, images, "--lower-is-better")) == 0
     found = read_json(Path("out/audit.json"))
     checks = {check["name"]: check for check in found["checks"]}
     unasked = [name for name, check in checks.items() if "have no gradient" in check["figure"]]
@@ -323,7 +332,7 @@ def test_the_audit_says_what_it_could_not_ask(images: Path, capsys: pytest.Captu
     )
     assert found["has_gradient"] is False
     text = Path("out/audit.html").read_text()
-    assert "Audit of theirs:Counted" in text
+    assert f"Audit of {model}" in text
     assert "<strong>The scores have no gradient.</strong> This is not evidence of robustness" in text
     out, err = capsys.readouterr()
     assert "0 of 10 checks failed; the scores have no gradient, which is not evidence of robustness" in out
@@ -704,6 +713,7 @@ def test_columns_are_guessed_only_if_unambiguous(images: Path, tmp_path: Path):
     ("text", "options", "words"),
     [
         ("file,score\nno.png,1\n", {}, "none of them names a file"),
+        ("file,score\n0.png,1\nno.png,2\n", {}, "column file: no.png is not in "),
         ("file,score\n0.png,good\n1.png,2\n", {}, "none of them has a number"),
         ("file,score\n0.png,1\nno.png,2\n", {"image_column": "file"}, "no.png is not in"),
         ("file,score\n0.png,nan\n1.png,2\n", {}, "the score nan is outside"),

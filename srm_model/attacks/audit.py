@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from srm_model.attacks.apgd import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import (
+    NoGradientError,
     as_found,
     check_finite,
     derived_seed,
@@ -28,7 +29,7 @@ from srm_model.attacks.guard import (
     to_model,
 )
 from srm_model.attacks.objectives import PairInversion, Signed
-from srm_model.attacks.problem import NoGradientError, differentiable_scores
+from srm_model.attacks.problem import differentiable_scores
 from srm_model.attacks.square import square_trace
 from srm_model.attacks.suite import Attack, Dataset, Job
 from srm_model.config import SRMConfig

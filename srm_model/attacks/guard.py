@@ -15,6 +15,16 @@ from srm_model.modules import evaluating
 from srm_model.neck import SRMNeck
 
 
+class NoGradientError(ValueError):
+    """The scores have no gradient with respect to the images."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's scores have no gradient with respect to the images; expected a differentiable model for a "
+            "gradient attack"
+        )
+
+
 @contextmanager
 def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
     """Run the `with` block with the model in evaluation mode and seeded random generators; then restore the state.
@@ -78,6 +88,7 @@ def scores_of(model: nn.Module, images: Tensor) -> Tensor:
 
     Raises:
         TypeError: The model does not return a tensor.
+        NoGradientError: The images require a gradient, and the model converts them to NumPy without `detach`.
         ValueError: The model fails on these images, or does not return one floating-point score per image.
     """
     try:
@@ -86,6 +97,8 @@ def scores_of(model: nn.Module, images: Tensor) -> Tensor:
         raise
     except (RuntimeError, AssertionError, AttributeError, LookupError, TypeError) as error:
         reason = str(error).partition("\n")[0]
+        if reason.startswith("Can't call numpy() on Tensor that requires grad"):
+            raise NoGradientError from None
         raise ValueError(
             f"the model fails on {images.dtype} images of shape {tuple(images.shape)}: {reason}"
         ) from error
@@ -157,15 +170,8 @@ def differentiable(model: nn.Module, image: Tensor) -> bool:
     with as_found(model, images, seed=0):
         try:
             return scores_of(model, images.clone().requires_grad_()).requires_grad
-        except ValueError as error:
-            if leaves_torch(error):
-                return False
-            raise
-
-
-def leaves_torch(error: ValueError) -> bool:
-    """Return whether a model fails because it converts images that require a gradient to NumPy without `detach`."""
-    return "Can't call numpy() on Tensor that requires grad" in str(error)
+        except NoGradientError:
+            return False
 
 
 def to_model(model: nn.Module, images: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from srm_model.attacks.guard import (
+    NoGradientError,
     as_found,
     check_finite,
     check_images,
     check_model,
     gradient_of,
-    leaves_torch,
     scores_of,
     to_model,
 )
@@ -27,10 +27,6 @@ from srm_model.attacks.objectives import Objective
 from srm_model.norms import Norm, check_radius, norm_of
 
 _BACKWARD_EXPONENT = 8  # scale of the scores' gradient, for models that run in fp16 inside
-
-
-class NoGradientError(ValueError):
-    """The scores have no gradient with respect to the images."""
 
 
 def check_budget(norm: str, eps: float) -> float:
@@ -308,17 +304,9 @@ def like(images: Tensor, adversarial: Tensor) -> Tensor:
 
 def differentiable_scores(model: nn.Module, images: Tensor) -> Tensor:
     """Return scores (B,) of images that require a gradient; raise NoGradientError if the scores have no gradient."""
-    try:
-        scores = scores_of(model, images)
-    except ValueError as error:
-        if not leaves_torch(error):
-            raise
-        scores = None
-    if scores is None or not scores.requires_grad:
-        raise NoGradientError(
-            "the model's scores have no gradient with respect to the images; expected a differentiable model for a "
-            "gradient attack"
-        )
+    scores = scores_of(model, images)
+    if not scores.requires_grad:
+        raise NoGradientError
     return scores
 
 

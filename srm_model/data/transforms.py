@@ -54,10 +54,11 @@ def load_whole(path: str | Path, image_size: int) -> Tensor:
         least = image_size / min(picture.size)
         scale = max(least, min(1.0, most / max(picture.size)))
         sides = [max(image_size, round(side * scale)) for side in picture.size]
-        (left, right), (top, bottom) = (
-            _centre(side, whole, min(whole, most)) for side, whole in zip(picture.size, sides, strict=True)
-        )
         width, height = (min(side, most) for side in sides)
+        (left, right), (top, bottom) = (
+            _in_file(side, whole, (whole - kept) // 2, kept)
+            for side, whole, kept in zip(picture.size, sides, (width, height), strict=True)
+        )
         return to_tensor(np.asarray(picture.resized((width, height), (left, top, right, bottom))))
 
 
@@ -86,12 +87,11 @@ def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:
     whole = max(size, round(side * size / shorter))
     kept = min(whole, LONGEST * size)
     start = (whole - size) // 2 - (kept - size) // 2
-    return start * side / whole, (start + kept) * side / whole, kept
+    return *_in_file(side, whole, start, kept), kept
 
 
-def _centre(side: int, whole: int, kept: int) -> tuple[float, float]:
-    """Return the start and end, in pixels of the file, of the middle `kept` of `whole` pixels after resizing."""
-    start = (whole - kept) // 2
+def _in_file(side: int, whole: int, start: int, kept: int) -> tuple[float, float]:
+    """Return the start and end, in pixels of the file, of `kept` of the `whole` pixels of a resized side."""
     return start * side / whole, (start + kept) * side / whole
 
 
